@@ -1,0 +1,401 @@
+"""What a generator must do: `Feature` (text to number), and the constraints made of features.
+
+`Pointwise(f)` asks that f holds for every text, `Moment(f, target)` that its mean be `target`.
+Both are declarations, checked when they are made, before any model is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Feature", "FeatureError", "Moment", "Pointwise", "feature"]
+
+_QUOTE_LENGTH = 80
+
+
+class FeatureError(ValueError):
+    """A feature failed on a text or gave an unusable value; the message names both."""
+
+
+@dataclass(frozen=True)
+class Feature:
+    """A named function from texts to numbers; made by `feature`.
+
+    Two features are equal when all fields are, and are told apart on disk by `name` alone.
+
+    Args:
+        fn: `fn(text)`, or `fn(texts)` if batched; with the prompt(s) as second argument if
+            `with_prompt`. It must be deterministic: values are cached by text.
+        name: what tables, metrics and checkpoints call it; not empty, one line.
+        batched: fn takes a list of texts and returns as many values, in their order.
+        with_prompt: fn also reads the prompt (said here, never guessed from the signature).
+        binary: True if the values can only be 0 or 1 (enforced), False if they are meant as
+            numbers, None if that is to be seen from what fn returns (`evaluate`).
+        pattern: where given, the matches that made the feature fire, so a report can mark them.
+
+    Raises:
+        TypeError: if a field has the wrong type.
+        ValueError: if the name is empty or has more than one line.
+    """
+
+    fn: Callable[..., Any] = field(hash=False)
+    name: str
+    batched: bool = False
+    with_prompt: bool = False
+    binary: bool | None = None
+    pattern: re.Pattern[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.fn) or isinstance(self.fn, Feature):
+            raise TypeError(f"a feature needs a function from text to number, got {self.fn!r}")
+        if not isinstance(self.name, str):
+            raise TypeError(f"a feature's name must be a string, got {self.name!r}")
+        if not self.name.strip() or len(self.name.splitlines()) > 1:
+            raise ValueError(f"a feature's name must be one line and not blank, got {self.name!r}")
+        for flag in ("batched", "with_prompt"):
+            if not isinstance(getattr(self, flag), bool):
+                raise TypeError(f"{flag} must be True or False, got {getattr(self, flag)!r}")
+        if self.binary is not None and not isinstance(self.binary, bool):
+            raise TypeError(f"binary must be True, False or None, got {self.binary!r}")
+
+    def __call__(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
+        """Return the feature's values, float64 `(N,)`; see `evaluate` for arguments and errors."""
+        return self.evaluate(texts, prompts)[0]
+
+    def evaluate(
+        self, texts: Sequence[str], prompts: Sequence[str] | None = None
+    ) -> tuple[Tensor, bool]:
+        """Return the values and whether they are binary.
+
+        A feature itself never changes, so whether it is binary is part of each answer: true if it
+        was declared so, or if it was left open and every value of this call was a bool.
+
+        Args:
+            texts: N texts.
+            prompts: the N prompts they continue; needed only by a feature that reads them.
+
+        Returns:
+            (values, binary): float64 `(N,)`, finite; binary is False for no texts, if left open.
+
+        Raises:
+            TypeError: if texts is a single string or holds something else than strings.
+            ValueError: if there are not as many prompts as texts, or none where they are read.
+            FeatureError: if fn raises, returns something else than finite numbers (0 or 1 if
+                binary was declared), or a batched fn returns the wrong number of values.
+        """
+        texts = _strings(texts, "texts")
+        arguments: list[list[str]] = [texts]
+        if self.with_prompt:
+            if prompts is None:
+                raise ValueError(
+                    f"feature {self.name!r} reads the prompt: pass prompts, one a text"
+                )
+            arguments.append(_strings(prompts, "prompts"))
+            if len(arguments[1]) != len(texts):
+                raise ValueError(f"got {len(texts)} texts but {len(arguments[1])} prompts")
+        values, all_bool = (self._batch if self.batched else self._one_by_one)(texts, arguments)
+        for bad in np.flatnonzero(~np.isfinite(values))[:1]:
+            raise self._error(f"returned {values[bad]}, not a finite number,", texts[bad])
+        if self.binary:
+            for bad in np.flatnonzero((values != 0) & (values != 1))[:1]:
+                raise self._error(f"is declared binary but returned {values[bad]:g}", texts[bad])
+        seen_binary = all_bool and bool(texts)
+        return torch.from_numpy(values), seen_binary if self.binary is None else self.binary
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Return (start, end) of each match of `pattern` in text; none without a pattern."""
+        return [m.span() for m in self.pattern.finditer(text)] if self.pattern else []
+
+    def _one_by_one(
+        self, texts: list[str], arguments: list[list[str]]
+    ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], bool]:
+        values = np.empty(len(texts))  # (N,)
+        all_bool = True
+        for i, text in enumerate(texts):
+            try:
+                raw = self.fn(*(argument[i] for argument in arguments))
+            except Exception as error:
+                raise self._error(f"raised {_describe(error)}", text) from error
+            value = _to_array(raw)
+            if value is None or value.ndim != 0:
+                raise self._error(f"returned {_shorten(repr(raw))}, not one number,", text)
+            values[i] = value
+            all_bool = all_bool and value.dtype == np.bool_
+        return values, all_bool
+
+    def _batch(
+        self, texts: list[str], arguments: list[list[str]]
+    ) -> tuple[np.ndarray[Any, np.dtype[np.float64]], bool]:
+        if not texts:
+            return np.empty(0), False
+        which = f"a batch of {len(texts)} that begins with"
+        try:
+            raw = self.fn(*(list(argument) for argument in arguments))
+        except Exception as error:
+            raise self._error(f"raised {_describe(error)}", texts[0], which) from error
+        values = _to_array(raw)
+        if values is None or values.shape != (len(texts),):
+            got = f"shape {values.shape}" if values is not None else _shorten(repr(raw))
+            wanted = f"one number for each of {len(texts)} texts"
+            raise self._error(f"returned {got}, not {wanted},", texts[0], which)
+        return values.astype(np.float64), values.dtype == np.bool_
+
+    def _error(self, what: str, text: str, which: str = "the text") -> FeatureError:
+        return FeatureError(f"feature {self.name!r} {what} on {which}: {_shorten(repr(text))}")
+
+
+@overload
+def feature(
+    fn: Callable[..., Any],
+    *,
+    name: str | None = None,
+    batched: bool = False,
+    with_prompt: bool = False,
+    binary: bool | None = None,
+) -> Feature: ...
+@overload
+def feature(
+    fn: None = None,
+    *,
+    name: str | None = None,
+    batched: bool = False,
+    with_prompt: bool = False,
+    binary: bool | None = None,
+) -> Callable[[Callable[..., Any]], Feature]: ...
+def feature(
+    fn: Callable[..., Any] | None = None,
+    *,
+    name: str | None = None,
+    batched: bool = False,
+    with_prompt: bool = False,
+    binary: bool | None = None,
+) -> Feature | Callable[[Callable[..., Any]], Feature]:
+    """Return a `Feature` made of any callable; also a decorator, bare or with arguments.
+
+    Args:
+        fn: `fn(text) -> bool or number`.
+        name: its name; a function made with `def` has one already, a lambda needs one.
+        batched: `fn(texts) -> sequence, array or tensor` of as many values.
+        with_prompt: `fn(text, prompt)`, or `fn(texts, prompts)` if batched.
+        binary: declare the values 0/1 (True) or numbers (False); None: binary if fn returns bools.
+
+    Raises:
+        TypeError: if fn is not callable or is a Feature already.
+        ValueError: if there is no usable name.
+    """
+    if fn is None:
+        return lambda fn: feature(
+            fn, name=name, batched=batched, with_prompt=with_prompt, binary=binary
+        )
+    if name is None and callable(fn) and not isinstance(fn, Feature):
+        name = getattr(fn, "__name__", None)
+        if name is None or name == "<lambda>":
+            raise ValueError(f"{fn!r} has no name of its own: pass dmgen.feature(..., name=...)")
+    return Feature(fn, name or "", batched, with_prompt, binary)
+
+
+@dataclass(frozen=True, init=False)
+class Pointwise:
+    """The constraint that a binary feature holds for every text.
+
+    Args:
+        feature: a `Feature`, or a callable that has a name of its own.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if it has no usable name, or was declared not binary.
+    """
+
+    feature: Feature
+
+    def __init__(self, feature: Feature | Callable[..., Any]) -> None:
+        object.__setattr__(self, "feature", _as_feature(feature, "Pointwise(feature)"))
+        _refuse_not_binary(self.feature, "Pointwise")
+
+    @property
+    def name(self) -> str:
+        """The feature's name."""
+        return self.feature.name
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """The features whose values `holds` reads."""
+        return (self.feature,)
+
+    def holds(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return bool `(N,)`, true where the constraint is met.
+
+        Args:
+            values: feature values `(N,)` by feature name.
+
+        Raises:
+            FeatureError: if a value is neither 0 nor 1.
+        """
+        return _indicator(self.feature, values, "Pointwise").bool()
+
+
+@dataclass(frozen=True, init=False)
+class Moment:
+    """The constraint that the mean of a feature be `target`, among the texts with `given` if said.
+
+    The conditional moment E[f | g] = t is one linear constraint, E[g (f - t)] = 0, so that every
+    kind is a mean of one column (`statistic`) that must reach `bounds`: one exponential family.
+
+    Args:
+        feature: a `Feature`, or a callable that has a name of its own.
+        target: the mean, in the feature's unit and within [0, 1] for a binary one; or an interval
+            (low, high): not binding while the mean is inside, else the nearest edge is the target.
+        given: binary feature g that says which texts count; needs a single target.
+
+    Raises:
+        TypeError: if feature or given is not a feature, or target not a number or two.
+        ValueError: if the target is not finite, an interval not low < high, a binary feature's
+            target outside [0, 1], given declared not binary or the feature itself, or given
+            combined with an interval (E[g (f - low)] >= 0 and E[g (f - high)] <= 0 bind two
+            different columns, so no one column and its bounds say it).
+    """
+
+    feature: Feature
+    target: float | tuple[float, float]
+    given: Feature | None
+
+    def __init__(
+        self,
+        feature: Feature | Callable[..., Any],
+        target: float | tuple[float, float],
+        *,
+        given: Feature | Callable[..., Any] | None = None,
+    ) -> None:
+        condition = None if given is None else _as_feature(given, "Moment(given=...)")
+        object.__setattr__(self, "feature", _as_feature(feature, "Moment(feature, ...)"))
+        object.__setattr__(self, "target", _as_target(target))
+        object.__setattr__(self, "given", condition)
+        edges = self.target if isinstance(self.target, tuple) else (self.target,)
+        if self.feature.binary and not all(0 <= edge <= 1 for edge in edges):
+            raise ValueError(
+                f"feature {self.feature.name!r} is binary, so its mean lies in [0, 1]; "
+                f"got the target {self.target}"
+            )
+        if self.given is None:
+            return
+        _refuse_not_binary(self.given, "Moment(given=...)")
+        if self.given.name == self.feature.name:
+            raise ValueError(f"feature {self.feature.name!r} cannot be its own condition")
+        if isinstance(self.target, tuple):
+            raise ValueError(
+                f"an interval target {self.target} with given={self.given.name!r} is not "
+                "supported: give a single target, the edge that the base is nearest to"
+            )
+
+    @property
+    def name(self) -> str:
+        """Feature, and condition if there is one: "female", "female | sports"."""
+        return self.feature.name + (f" | {self.given.name}" if self.given else "")
+
+    @property
+    def features(self) -> tuple[Feature, ...]:
+        """The features whose values `statistic` reads."""
+        return (self.feature, self.given) if self.given else (self.feature,)
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """(low, high) between which the mean of `statistic` must be; equal for a single target."""
+        if isinstance(self.target, tuple):
+            return self.target
+        return (0.0, 0.0) if self.given else (self.target, self.target)
+
+    def statistic(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the column whose mean is constrained: f, or g (f - target); float64 `(N,)`.
+
+        Args:
+            values: feature values `(N,)` by feature name.
+
+        Raises:
+            FeatureError: if a value of `given` is neither 0 nor 1.
+        """
+        column = values[self.feature.name].double()
+        if self.given is None or isinstance(self.target, tuple):
+            return column
+        return _indicator(self.given, values, "Moment(given=...)") * (column - self.target)
+
+
+def _as_feature(fn: object, where: str) -> Feature:
+    if isinstance(fn, Feature):
+        return fn
+    if not callable(fn):
+        raise TypeError(f"{where} needs a Feature or a named function, got {fn!r}")
+    return feature(fn)
+
+
+def _as_target(target: object) -> float | tuple[float, float]:
+    edges = tuple(target) if isinstance(target, tuple | list) else (target,)
+    if isinstance(target, tuple | list) and len(edges) != 2:
+        raise TypeError(f"an interval target is (low, high), got {target!r}")
+    for edge in edges:
+        if not isinstance(edge, Real) or isinstance(edge, bool):
+            raise TypeError(f"a target is a number or an interval (low, high), got {target!r}")
+        if not math.isfinite(edge):
+            raise ValueError(f"a target must be finite, got {target!r}")
+    if len(edges) == 1:
+        return float(edges[0])
+    if not edges[0] < edges[1]:
+        raise ValueError(f"an interval target needs low < high, got {target!r}")
+    return float(edges[0]), float(edges[1])
+
+
+def _refuse_not_binary(feature: Feature, where: str) -> None:
+    if feature.binary is False:
+        raise ValueError(
+            f"{where} needs a feature that is 0 or 1, but {feature.name!r} was declared a number; "
+            "compare it with a threshold in a feature of its own"
+        )
+
+
+def _indicator(feature: Feature, values: Mapping[str, Tensor], where: str) -> Tensor:
+    column = values[feature.name].double()
+    bad = column[(column != 0) & (column != 1)]
+    if len(bad):
+        raise FeatureError(
+            f"{where} needs a feature that is 0 or 1, but {feature.name!r} gave {bad[0].item():g}; "
+            "compare it with a threshold in a feature of its own"
+        )
+    return column
+
+
+def _strings(values: Sequence[str], what: str) -> list[str]:
+    if isinstance(values, str):
+        raise TypeError(f"{what} must be a list of strings; for a single one pass [{what[:-1]}]")
+    values = list(values)
+    for value in values:
+        if not isinstance(value, str):
+            raise TypeError(f"{what} must be strings, got {_shorten(repr(value))}")
+    return values
+
+
+def _to_array(raw: object) -> np.ndarray[Any, np.dtype[Any]] | None:
+    """Return raw as an array of bools, integers or floats; None if it is none of these."""
+    if isinstance(raw, Tensor):
+        raw = raw.detach().cpu()
+        raw = raw.double() if raw.is_floating_point() else raw  # numpy has no bfloat16
+    try:
+        array = np.asarray(raw)
+    except (TypeError, ValueError):
+        return None
+    return array if array.dtype.kind in "biuf" else None
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= _QUOTE_LENGTH else text[: _QUOTE_LENGTH - 3] + "..."
+
+
+def _describe(error: Exception) -> str:
+    return f"{type(error).__name__}: {_shorten(str(error))}"

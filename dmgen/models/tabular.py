@@ -1,0 +1,185 @@
+"""A small language model whose every text can be listed: the exact answer to almost every question."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dmgen.models.base import Samples, draw_tokens, uniforms
+
+
+class TabularLM:
+    """A language model with one trainable row of logits for each prefix.
+
+    Args:
+        vocab: the tokens as strings; a text is its tokens joined without blanks, the EOS not shown.
+        logits: float64 `(P, V)`, a row a prefix: first the empty one, then all prefixes of one
+            token, of two, ..., of `max_new_tokens - 1`, each length in the order of base V.
+        max_new_tokens: T, the length of a text without EOS.
+        eos: the member of `vocab` that ends a text, or None.
+
+    Raises:
+        ValueError: `vocab` holds duplicates or lacks `eos`, or `logits` has another shape.
+    """
+
+    def __init__(
+        self,
+        vocab: Sequence[str],
+        logits: Tensor,
+        max_new_tokens: int,
+        *,
+        eos: str | None = None,
+    ) -> None:
+        self.vocab = list(vocab)
+        self.max_new_tokens = max_new_tokens
+        self.eos = eos
+        v = len(self.vocab)
+        if len(set(self.vocab)) != v or v < 1:
+            raise ValueError(f"vocab must hold distinct tokens, got {self.vocab}")
+        if eos is not None and eos not in self.vocab:
+            raise ValueError(f"eos {eos!r} is not in vocab {self.vocab}")
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        self._eos_id = -1 if eos is None else self.vocab.index(eos)
+        # Where the prefixes of each length start in the table.
+        self._offsets = torch.tensor([sum(v**k for k in range(t)) for t in range(max_new_tokens)])
+        n_prefixes = sum(v**t for t in range(max_new_tokens))
+        if tuple(logits.shape) != (n_prefixes, v):
+            raise ValueError(
+                f"logits must have shape ({n_prefixes}, {v}) for {v} tokens and texts of "
+                f"{max_new_tokens}, got {tuple(logits.shape)}"
+            )
+        self.logits = torch.nn.Parameter(logits.detach().double().clone(), requires_grad=False)
+
+    @classmethod
+    def random(
+        cls,
+        vocab: Sequence[str],
+        max_new_tokens: int,
+        *,
+        eos: str | None = None,
+        scale: float = 1.0,
+        seed: int = 0,
+    ) -> TabularLM:
+        """A model with independent normal logits of standard deviation `scale`."""
+        v = len(vocab)
+        generator = torch.Generator().manual_seed(seed)
+        n_prefixes = sum(v**t for t in range(max_new_tokens))
+        logits = torch.randn(n_prefixes, v, generator=generator, dtype=torch.float64)
+        return cls(vocab, scale * logits, max_new_tokens, eos=eos)
+
+    def sample(
+        self,
+        n: int,
+        *,
+        prompt: str | Sequence[str] = "",
+        max_new_tokens: int | None = None,
+        seed: int | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+    ) -> Samples:
+        """`n` texts (see `LanguageModel.sample`); `batch_size` makes no difference here.
+
+        Raises:
+            ValueError: a prompt is given (a table has none), or `max_new_tokens` exceeds the table.
+        """
+        self._refuse_prompt(prompt)
+        length = self._length(max_new_tokens)
+        u = uniforms(n, length, seed=seed, generator=generator)
+        tokens = torch.zeros(n, length, dtype=torch.long)
+        with torch.no_grad():
+            for t in range(length):
+                rows = self._prefix_rows(tokens)[:, t]
+                tokens[:, t], _ = draw_tokens(self.logits[rows], u[:, t])
+        return self._finish(tokens)
+
+    def enumerate(self, max_new_tokens: int | None = None) -> Samples:
+        """Every text once, with its exact log-probability."""
+        length = self._length(max_new_tokens)
+        tokens = torch.tensor(
+            list(itertools.product(range(len(self.vocab)), repeat=length)), dtype=torch.long
+        )
+        if self.eos is not None:
+            # Sequences that differ after the EOS only are one text: keep the one that goes on in 0s.
+            ended = self._after_eos(tokens)
+            tokens = tokens[((tokens == 0) | ~ended).all(-1)]
+        return self._finish(tokens)
+
+    def log_prob(
+        self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
+    ) -> Tensor:
+        """Log-probability of each text in nats, float64 `(N,)`."""
+        return self.token_log_prob(samples, grad=grad).sum(-1)
+
+    def token_log_prob(
+        self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
+    ) -> Tensor:
+        """Log-probability of each token in nats, float64 `(N, T)`, 0 where masked."""
+        for prompt in set(samples.prompts):
+            self._refuse_prompt(prompt)
+        with torch.set_grad_enabled(grad):
+            return self._token_log_prob(samples.tokens, samples.mask)
+
+    def copy(self) -> TabularLM:
+        """An independent trainable copy."""
+        other = TabularLM(self.vocab, self.logits, self.max_new_tokens, eos=self.eos)
+        other.logits.requires_grad_(True)
+        return other
+
+    def parameters(self) -> Iterator[torch.nn.Parameter]:
+        """The one parameter: the table of logits."""
+        yield self.logits
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The table by name."""
+        return {"logits": self.logits.detach()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes over a table of the same shape."""
+        with torch.no_grad():
+            self.logits.copy_(state["logits"])
+
+    def _length(self, max_new_tokens: int | None) -> int:
+        length = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if not 1 <= length <= self.max_new_tokens:
+            raise ValueError(
+                f"max_new_tokens must lie in 1..{self.max_new_tokens}, the length of the table; "
+                f"got {length}"
+            )
+        return length
+
+    @staticmethod
+    def _refuse_prompt(prompt: str | Sequence[str]) -> None:
+        if prompt != "":
+            raise ValueError(f"TabularLM has no prompts, got {prompt!r}: leave prompt empty")
+
+    def _after_eos(self, tokens: Tensor) -> Tensor:
+        is_eos = tokens == self._eos_id
+        return (is_eos.cumsum(-1) - is_eos.long()) > 0  # (N, T)
+
+    def _prefix_rows(self, tokens: Tensor) -> Tensor:
+        """Row of the table for the prefix before each token, `(N, T)`."""
+        rows = torch.zeros_like(tokens)
+        for t in range(1, tokens.shape[1]):
+            rows[:, t] = rows[:, t - 1] * len(self.vocab) + tokens[:, t - 1]
+        return rows + self._offsets[: tokens.shape[1]]
+
+    def _token_log_prob(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        table = self.logits.log_softmax(-1)
+        per_token = table[self._prefix_rows(tokens), tokens]  # (N, T)
+        # Not a product with the mask: a masked token may have log-probability -inf.
+        return torch.where(mask, per_token, 0.0)
+
+    def _finish(self, tokens: Tensor) -> Samples:
+        mask = ~self._after_eos(tokens)
+        with torch.no_grad():
+            log_prob = self._token_log_prob(tokens, mask).sum(-1)
+        shown = mask & (tokens != self._eos_id)
+        texts = [
+            "".join(self.vocab[token] for token, keep in zip(row, kept, strict=True) if keep)
+            for row, kept in zip(tokens.tolist(), shown.tolist(), strict=True)
+        ]
+        return Samples(tokens, mask, log_prob, texts, [""] * len(texts))
