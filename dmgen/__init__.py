@@ -1,0 +1,42 @@
+"""dmgen: make the output distribution of a text generator obey constraints."""
+
+from dmgen import features
+from dmgen.constraints import Feature, FeatureError, Moment, Pointwise, feature
+from dmgen.ebm import EBM
+from dmgen.metrics.diversity import distinct_n, self_bleu
+from dmgen.metrics.evaluate import Evaluation, evaluate
+from dmgen.models.base import LanguageModel, Samples
+from dmgen.models.causal import CausalLM
+from dmgen.models.tabular import TabularLM
+from dmgen.moments import MomentFit, MomentsUnreachable
+from dmgen.samplers.config import TrainerConfig
+from dmgen.samplers.policy_gradient import DPG, GDC, GDCpp
+from dmgen.score import Score
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "DPG",
+    "EBM",
+    "GDC",
+    "CausalLM",
+    "Evaluation",
+    "Feature",
+    "FeatureError",
+    "GDCpp",
+    "LanguageModel",
+    "Moment",
+    "MomentFit",
+    "MomentsUnreachable",
+    "Pointwise",
+    "Samples",
+    "Score",
+    "TabularLM",
+    "TrainerConfig",
+    "__version__",
+    "distinct_n",
+    "evaluate",
+    "feature",
+    "features",
+    "self_bleu",
+]

@@ -1,0 +1,153 @@
+"""Run folders: what a run leaves on disk. The only file I/O beside `save_pretrained`.
+
+    config.yaml            what was asked, and the versions it ran under
+    target.json            constraints, λ and how it was fitted
+    metrics.jsonl          a row a step
+    evaluations.jsonl      evaluations on fresh samples
+    samples.jsonl          texts before and after
+    checkpoints/step-N/    all that going on needs: state.json, tensors.safetensors
+    policy/                the result, a Hugging Face folder
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+_KEPT_CHECKPOINTS = 2
+
+
+def open_run(folder: Path, *, expected_step: int) -> None:
+    """Makes `folder` ready for a run that stands at `expected_step`.
+
+    A new run (step 0) needs a folder without metrics; one that goes on needs the folder whose last
+    row it follows. Rows after the checkpoint that was resumed are cut off, since they will be
+    made again.
+
+    Raises:
+        ValueError: the folder holds another run, or is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder for the run")
+    metrics = folder / "metrics.jsonl"
+    rows = read_rows(metrics) if metrics.exists() else []
+    if expected_step == 0 and rows:
+        raise ValueError(
+            f"{folder} already holds a run of {len(rows)} steps: give another folder, or go on "
+            "with it (sampler.resume(folder); on the command line --resume)"
+        )
+    kept = [row for row in rows if row["step"] <= expected_step]
+    if expected_step and len(kept) != expected_step:
+        raise ValueError(
+            f"{folder} holds {len(rows)} steps, but this sampler stands at step {expected_step}: "
+            "call sampler.resume(folder) first, or give the folder that its run began in"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(kept) != len(rows):
+        write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def append_row(path: Path, row: Mapping[str, Any]) -> None:
+    """Adds one JSON line; a reader never sees half of it after a crash, see `read_rows`."""
+    with path.open("a", encoding="utf-8") as f:
+        f.write(json.dumps(row) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; a last line that was cut off by a crash is left out."""
+    rows = []
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for i, line in enumerate(lines):
+        if not line:
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if i >= len(lines) - 1:
+                break
+            raise ValueError(f"{path}, line {i + 1} is not JSON: {error}") from error
+    return rows
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces a file in one move: a reader sees the old text or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Writes `config.yaml`, with the versions it ran under in a comment."""
+    facts = "".join(f"# {name} {value}\n" for name, value in versions().items())
+    body = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    write_text(folder / "config.yaml", facts + body)
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replaces a JSON-lines file."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def versions() -> dict[str, str]:
+    """What a run's figures depend on beside its settings."""
+    found = {"python": platform.python_version(), "machine": f"{platform.machine()}"}
+    for name in ("dmgen", "torch", "transformers", "numpy", "scipy", "sacrebleu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def save_checkpoint(
+    folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> None:
+    """Writes `checkpoints/step-N` so that it exists whole or not at all; keeps the last ones."""
+    home = folder / "checkpoints"
+    home.mkdir(parents=True, exist_ok=True)
+    final, partial = home / f"step-{step}", home / f".step-{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
+    save_file(plain, partial / "tensors.safetensors")
+    write_json(partial / "state.json", facts)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+    for old in _checkpoints(folder)[:-_KEPT_CHECKPOINTS]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and facts of the last checkpoint.
+
+    Raises:
+        ValueError: the folder holds no checkpoint.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        raise ValueError(f"{folder} holds no checkpoint (looked in {folder / 'checkpoints'})")
+    facts = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+    tensors: dict[str, torch.Tensor] = load_file(found[-1] / "tensors.safetensors")
+    return tensors, facts
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = (folder / "checkpoints").glob("step-*")
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))

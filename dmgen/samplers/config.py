@@ -1,0 +1,110 @@
+"""`TrainerConfig`: every setting of the training loop, checked when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+PROPOSAL_RULES = ("policy", "kl", "tv", "never")
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """Settings of a training run.
+
+    Attributes:
+        batch_size: texts drawn a step.
+        micro_batch_size: texts in one forward and backward pass; None chooses by memory. It changes
+            memory and speed, not the gradient.
+        backward_size: run the backward pass on this many texts a step, drawn with probability
+            proportional to |advantage| and weighted by its inverse, which leaves the expected
+            gradient as it is; None uses all. Most texts carry little of the gradient when a
+            constraint is rare.
+        learning_rate: peak step size.
+        warmup_steps: linear warmup from 0. Adam's first steps have the size of the learning rate
+            whatever the gradient is, so they need one.
+        schedule: "constant", "linear" or "cosine" decay to 0 at `total_steps`.
+        total_steps: length of a decaying schedule; steps after it have no effect.
+        optimizer: "adam", "adamw" or "sgd" (momentum 0.9).
+        max_grad_norm: clip the norm of the gradient, once a step; None does not clip.
+        average_decay: keep an exponential average of the weights with this decay a step, and put
+            it into the policy when `train` ends; None keeps the last weights. An average spends
+            less of the KL budget on gradient noise.
+        proposal_every: steps between tests of the proposal.
+        proposal_rule: None is the method's own. "policy" draws from the policy itself; "kl" and
+            "tv" from a frozen copy that is replaced when the policy is measurably closer to the
+            target; "never" from the base.
+        first_batches_from_fit: use the texts that λ was fitted on as the first batches: they are
+            drawn, scored and looked at already.
+        checkpoint_every: steps between checkpoints; None: only where `train` ends.
+        evaluate_every: steps between evaluations on fresh samples; None: never.
+        seed: of every draw of the run.
+
+    Raises:
+        ValueError: a value is out of its range; TypeError: an unknown setting.
+    """
+
+    batch_size: int = 512
+    micro_batch_size: int | None = None
+    backward_size: int | None = None
+    learning_rate: float = 1.41e-5
+    warmup_steps: int = 100
+    schedule: str = "constant"
+    total_steps: int | None = None
+    optimizer: str = "adam"
+    max_grad_norm: float | None = None
+    average_decay: float | None = None
+    proposal_every: int = 10
+    proposal_rule: str | None = None
+    first_batches_from_fit: bool = False
+    checkpoint_every: int | None = None
+    evaluate_every: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "proposal_every"):
+            _need(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in (
+            "micro_batch_size", "backward_size", "total_steps", "checkpoint_every", "evaluate_every",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            _need(value is None or value >= 1, f"{name} must be None or at least 1, got {value}")
+        _need(self.warmup_steps >= 0, f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        _need(
+            self.learning_rate > 0 and math.isfinite(self.learning_rate),
+            f"learning_rate must be positive and finite, got {self.learning_rate}",
+        )
+        for name, allowed in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("proposal_rule", (None, *PROPOSAL_RULES)),
+        ):
+            value = getattr(self, name)
+            _need(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
+        _need(
+            self.schedule == "constant" or self.total_steps is not None,
+            f"schedule {self.schedule!r} decays to 0 at total_steps: set total_steps",
+        )
+        _need(
+            self.average_decay is None or 0 < self.average_decay < 1,
+            f"average_decay must be None or between 0 and 1, got {self.average_decay}",
+        )
+        _need(
+            self.max_grad_norm is None or self.max_grad_norm > 0,
+            f"max_grad_norm must be None or positive, got {self.max_grad_norm}",
+        )
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate of the step after `step` steps."""
+        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
+        if self.schedule == "constant" or self.total_steps is None:
+            return rate
+        left = max(0.0, 1 - step / self.total_steps)
+        return rate * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+
+
+def _need(holds: bool, message: str) -> None:
+    if not holds:
+        raise ValueError(message)
