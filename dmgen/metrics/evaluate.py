@@ -63,7 +63,9 @@ class Evaluation:
         for m in self.moments:
             for model, score in (("base", m.base), ("policy", m.policy)):
                 verdict = m.verdict if model == "policy" else ""
-                rows.append(_row(f"E[{m.name}]", model, score) | {"target": m.target, "verdict": verdict})
+                rows.append(
+                    _row(f"E[{m.name}]", model, score) | {"target": m.target, "verdict": verdict}
+                )
         for name in ("kl_target_policy", "kl_policy_base", "kl_target_base"):
             rows.append(_row(name, "", getattr(self, name)))
         for name, by_model in (("self_bleu_5", self.self_bleu), ("distinct_1", self.distinct)):
@@ -82,7 +84,11 @@ class Evaluation:
         lines = [f"{'':24}{'base':>18}{'target':>14}{'policy':>18}   99 % interval     verdict"]
         for m in self.moments:
             low, high = m.policy.interval(LEVEL)
-            goal = f"{m.target:.3f}" if isinstance(m.target, float) else "{:.2f}-{:.2f}".format(*m.target)
+            goal = (
+                f"{m.target:.3f}"
+                if isinstance(m.target, float)
+                else "{:.2f}-{:.2f}".format(*m.target)
+            )
             lines.append(
                 f"{m.name[:24]:24}{m.base!s:>18}{goal:>14}{m.policy!s:>18}   "
                 f"[{low:.3f}, {high:.3f}]    {m.verdict}"
@@ -187,10 +193,8 @@ def _mean(constraint: Any, values: Mapping[str, Tensor], log_w: Tensor | None = 
     return Score(float(value), float(stderr), int((weights > -math.inf).sum()))
 
 
-def verdict(
-    score: Score, target: float | tuple[float, float], tolerance: float = TOLERANCE
-) -> str:
-    """"met", "not met" or "undecided": where the 99 % interval lies against target ± tolerance."""
+def verdict(score: Score, target: float | tuple[float, float], tolerance: float = TOLERANCE) -> str:
+    """ "met", "not met" or "undecided": where the 99 % interval lies against target ± tolerance."""
     low, high = target if isinstance(target, tuple) else (target, target)
     low, high = low - tolerance, high + tolerance
     left, right = score.interval(LEVEL)
