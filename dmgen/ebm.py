@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmgen import log_weights
+from dmgen import factor, log_weights
 from dmgen.constraints import Feature, Moment, Pointwise
+from dmgen.exact import Exact
+from dmgen.factor import Constraint, constraint_mean
 from dmgen.models.base import LanguageModel, Samples
-from dmgen.moments import MomentFit, MomentsUnreachable, fit_lambdas
+from dmgen.moments import MomentFit
 from dmgen.score import Score
 
-Constraint = Pointwise | Moment
 # Texts whose feature values are remembered; about 100 bytes each beside the text itself.
 _CACHED_TEXTS = 100_000
 
@@ -25,7 +27,7 @@ class EBM:
 
     `log P(x) = log a(x) + Σ_j log b_j(x) + λ·φ(x)`, with b_j in {0, 1} one factor a `Pointwise`
     and one λ a `Moment` (Khalifa et al. 2021, eq. 3). λ = ±inf is a hard factor: the binary feature
-    must be 1 (0) for every text.
+    must be 1 (0) for every text. `print(target)` shows what is asked and how λ was found.
 
     Args:
         base: the language model a.
@@ -34,9 +36,18 @@ class EBM:
         prompt: the prompt of every text.
         max_new_tokens: the longest text in tokens; None takes the base's own.
 
+    Attributes (None, or empty, unless made by `fit` or `refit`):
+        moment_fit: how λ was found, a row a soft `Moment`. Its moments and hits are those of the
+            texts that satisfy the pointwise part; log Z and KL(p‖a) refer to the whole base.
+        log_z: log Z against the base, nats, for this very λ.
+        base_moments: mean of each constraint's feature under the base, by the constraint's name;
+            among the texts with its condition if it has one.
+        fit_samples: what `fit` drew from the base.
+
     Raises:
-        ValueError: there are no constraints, two features share a name, or the number of lambdas
-            is not that of the moments.
+        TypeError: something else than a constraint is among the constraints.
+        ValueError: there are no constraints, two features share a name, the number of lambdas is
+            not that of the moments, or one is infinite where no hard factor is meant.
     """
 
     def __init__(
@@ -52,26 +63,21 @@ class EBM:
         self.constraints = list(constraints)
         self.prompt = prompt
         self.max_new_tokens = base.max_new_tokens if max_new_tokens is None else max_new_tokens
-        self.moment_fit: MomentFit | None = None
-        # What `fit` drew from the base, scored: it serves as a start for Z and as a first batch.
-        self.fit_samples: Samples | None = None
         self.features = _distinct_features(self.constraints)
-        self.log_z: Score | None = None  # of P against the base, nats, from the same texts
+        self.moment_fit: MomentFit | None = None
+        self.log_z: Score | None = None
+        self.base_moments: dict[str, Score] = {}
+        # They serve the trainer as a start for Z and as first batches.
+        self.fit_samples: Samples | None = None
         self._binary = {feature.name: True for feature in self.features}
         self._cache: dict[tuple[str, str], tuple[float, ...]] = {}
-        n_moments = len(self.moments)
-        if lambdas is None and n_moments:
+        if lambdas is None and self.moments:
             names = ", ".join(repr(m.name) for m in self.moments)
             raise ValueError(
                 f"the moments of {names} need lambdas: use EBM.fit(base, constraints), or pass "
-                f"lambdas=[...] with {n_moments} numbers"
+                f"lambdas=[...] with {len(self.moments)} numbers"
             )
-        self.lambdas = torch.as_tensor([] if lambdas is None else lambdas, dtype=torch.float64)
-        if self.lambdas.shape != (n_moments,) or bool(self.lambdas.isnan().any()):
-            raise ValueError(
-                f"lambdas must be {n_moments} numbers, one for each of "
-                f"{[m.name for m in self.moments]}; got {self.lambdas.tolist()}"
-            )
+        self.lambdas = _checked_lambdas([] if lambdas is None else lambdas, self.moments)
 
     @property
     def moments(self) -> list[Moment]:
@@ -85,6 +91,7 @@ class EBM:
         constraints: Sequence[Constraint],
         *,
         n_samples: int = 10_240,
+        n_heldout: int = 0,
         prompt: str = "",
         max_new_tokens: int | None = None,
         seed: int | None = None,
@@ -94,34 +101,125 @@ class EBM:
         """The target whose moments hold, with λ fitted on `n_samples` texts of the base.
 
         Minimises the convex dual `log E_a[b e^{λ·φ}] − λ·μ̄` (`moments.fit_lambdas`) on the texts
-        that satisfy the pointwise part. A `Moment` of a binary feature with target 0 or 1 becomes
-        a hard factor (λ = ∓inf). The fit is kept as `.moment_fit`.
+        that satisfy the pointwise part. A `Moment` of a binary feature with target 0 (1) becomes a
+        hard factor, λ = -inf (inf).
 
         Args:
             n_samples: texts drawn for the fit.
+            n_heldout: texts drawn after them, of which λ knows nothing, to check the moments on
+                (`moment_fit.moments_heldout`); 0 for no check.
             proposal: draw from this model instead, and weigh with a/q; for features that the base
                 hardly ever shows.
             (the others as in `EBM` and `LanguageModel.sample`)
 
         Raises:
             MomentsUnreachable: no λ gives these moments on what was seen; says which and why.
+            ValueError: n_samples or n_heldout is out of range, or both seed and generator given.
         """
-        n_moments = sum(isinstance(c, Moment) for c in constraints)
+        if n_heldout < 0:
+            raise ValueError(f"n_heldout must be at least 0, got {n_heldout}")
         target = cls(
-            base, constraints, [0.0] * n_moments, prompt=prompt, max_new_tokens=max_new_tokens
-        )
-        model = base if proposal is None else proposal
-        samples = model.sample(
-            n_samples,
+            base,
+            constraints,
+            [0.0] * sum(isinstance(c, Moment) for c in constraints),
             prompt=prompt,
-            max_new_tokens=target.max_new_tokens,
-            seed=seed,
-            generator=generator,
+            max_new_tokens=max_new_tokens,
         )
-        base_log_prob = samples.log_prob if proposal is None else base.log_prob(samples)
-        target._fit(samples, base_log_prob - samples.log_prob)
+        if n_heldout and generator is None:
+            # One stream for both draws; the first is what `seed` alone would give.
+            generator = torch.Generator()
+            generator.seed() if seed is None else generator.manual_seed(seed)
+            seed = None
+
+        def draw(n: int) -> tuple[Samples, Tensor]:
+            model = base if proposal is None else proposal
+            limit = target.max_new_tokens
+            samples = model.sample(
+                n, prompt=prompt, max_new_tokens=limit, seed=seed, generator=generator
+            )
+            if proposal is None:
+                return samples, torch.zeros_like(samples.log_prob)
+            return samples, base.log_prob(samples) - samples.log_prob
+
+        samples, log_w = draw(n_samples)
+        target._fit(samples, log_w)
         target.fit_samples = samples if proposal is None else None
+        if n_heldout:
+            target._check_heldout(*draw(n_heldout))
         return target
+
+    def refit(self, drawn: Sequence[tuple[LanguageModel, Samples]]) -> EBM:
+        """A new target with the same constraints and λ fitted on the texts of several models.
+
+        All texts are pooled with the balance heuristic: each counts with a/m, m the mixture of the
+        models in proportion to how many texts each gave. A feature that the base shows twice in
+        10,000 texts is nailed down once a better model has been trained:
+        `target.refit([(base, target.fit_samples), (policy, policy.sample(10_240))])`.
+
+        Args:
+            drawn: models with the texts that each of them drew, as it is now; the base may be
+                absent. Every text is scored under every model.
+
+        Raises:
+            MomentsUnreachable: as in `fit`.
+            ValueError: nothing was given, or texts that continue another prompt.
+
+        Source: Veach and Guibas 1995 (balance heuristic), see `log_weights.balance_heuristic`.
+        """
+        if not drawn:
+            raise ValueError("refit needs at least one (model, samples)")
+        parts = [own for _, own in drawn]
+        pooled = Samples.cat(parts)
+        if set(pooled.prompts) != {self.prompt}:
+            raise ValueError(
+                f"the target's prompt is {self.prompt!r}, but the samples continue "
+                f"{sorted(set(pooled.prompts))}: draw them with prompt=target.prompt"
+            )
+        # Under the model that drew it, the log-probability of a text is recorded and exact.
+        columns = [
+            torch.cat([s.log_prob if i == m else model.log_prob(s) for i, s in enumerate(parts)])
+            for m, (model, _) in enumerate(drawn)
+        ]
+        known = [c for c, (model, _) in zip(columns, drawn, strict=True) if model is self.base]
+        log_base = known[0] if known else self.base.log_prob(pooled)
+        counts = torch.tensor([len(part) for part in parts])
+        log_w = log_weights.balance_heuristic(log_base, torch.stack(columns, dim=1), counts)
+        target = EBM(
+            self.base,
+            self.constraints,
+            [0.0] * len(self.moments),
+            prompt=self.prompt,
+            max_new_tokens=self.max_new_tokens,
+        )
+        # The same features: what they said of a text is not asked again.
+        target._cache, target._binary = self._cache, self._binary
+        target._fit(pooled, log_w, torch.arange(len(parts)).repeat_interleave(counts))
+        return target
+
+    def exact(self) -> Exact:
+        """The exact log Z, moments, divergences and distribution, if the base can list its texts.
+
+        Raises:
+            TypeError: the base has no `enumerate()`.
+            ValueError: no text of the base satisfies the constraints.
+        """
+        list_texts = getattr(self.base, "enumerate", None)
+        if list_texts is None:
+            raise TypeError(
+                f"exact() needs a base whose texts can be listed, such as TabularLM, and a "
+                f"{type(self.base).__name__} cannot: use dmgen.evaluate for estimates"
+            )
+        samples = list_texts(self.max_new_tokens)
+        values = self.values(samples)
+        log_score = self.log_score(samples, base_log_prob=samples.log_prob)
+        log_z = float(torch.logsumexp(log_score, 0))
+        if log_z == -math.inf:
+            raise ValueError("no text of the base satisfies the constraints: Z is 0")
+        base_moments, moments = (
+            {c.name: constraint_mean(c, values, log_w).value for c in self.constraints}
+            for log_w in (samples.log_prob, log_score)
+        )
+        return Exact(samples, samples.log_prob, log_score - log_z, log_z, base_moments, moments)
 
     def values(self, samples: Samples) -> dict[str, Tensor]:
         """Feature values, float64 `(N,)`, by feature name; each text is looked at once.
@@ -131,9 +229,6 @@ class EBM:
         """
         keys = list(zip(samples.prompts, samples.texts, strict=True))
         new = list(dict.fromkeys(key for key in keys if key not in self._cache))
-        if len(self._cache) + len(new) > _CACHED_TEXTS:
-            new = list(dict.fromkeys(keys))
-            self._cache.clear()
         if new:
             texts, prompts = [text for _, text in new], [prompt for prompt, _ in new]
             columns = []
@@ -142,19 +237,15 @@ class EBM:
                 self._binary[feature.name] &= binary
                 columns.append(column.tolist())
             self._cache.update(zip(new, zip(*columns, strict=True), strict=True))
-        table = torch.tensor([self._cache[key] for key in keys], dtype=torch.float64)  # (N, F)
+        table = torch.tensor([self._cache[key] for key in keys], dtype=torch.float64)
+        table = table.reshape(len(keys), len(self.features))  # (N, F), for no texts too
+        for key in list(islice(self._cache, max(0, len(self._cache) - _CACHED_TEXTS))):
+            del self._cache[key]  # the oldest first
         return {f.name: table[:, j] for j, f in enumerate(self.features)}
 
     def log_factor(self, values: dict[str, Tensor]) -> Tensor:
         """`Σ_j log b_j + λ·φ` for feature values by name, float64 `(N,)`, nats; `-inf` is legal."""
-        total = torch.zeros(len(next(iter(values.values()))), dtype=torch.float64)
-        for constraint, weight in self._with_lambdas():
-            if isinstance(constraint, Moment) and math.isfinite(weight):
-                total = total + weight * constraint.statistic(values)
-            else:
-                allowed = _allowed(constraint, values)
-                total = total.masked_fill(~allowed, -math.inf)
-        return total
+        return factor.log_factor(self.constraints, self.lambdas, values)
 
     def log_score(self, samples: Samples, *, base_log_prob: Tensor | None = None) -> Tensor:
         """`log P(x)`, float64 `(N,)`, nats, unnormalised; `-inf` where a constraint is violated.
@@ -163,16 +254,21 @@ class EBM:
             samples: texts of any model.
             base_log_prob: log a(x), where it is known; the base is not run again then. Texts that
                 violate a constraint are never scored.
+
+        Raises:
+            FeatureError: a feature fails, or is not 0 or 1 where it must be.
+            ValueError: the base gave NaN or `+inf`.
         """
-        log_factor = self.log_factor(self.values(samples))
-        possible = log_factor > -math.inf
-        log_a = torch.zeros_like(log_factor)
+        log_b = self.log_factor(self.values(samples))
+        possible = log_b > -math.inf
+        log_a = torch.zeros_like(log_b)
         if base_log_prob is not None:
             log_a = base_log_prob
         elif possible.any():
             log_a[possible] = self.base.log_prob(samples[possible])
         # A text that the base cannot say stays -inf; a masked one may hold anything.
-        return torch.where(possible, log_a + log_factor, -math.inf)
+        log_score = torch.where(possible, log_a + log_b, -math.inf)
+        return log_weights.check_log_weights(log_score, "log P") if len(samples) else log_score
 
     def to_dict(self) -> dict[str, Any]:
         """What defines the target beside its base, in plain types: names, targets, λ, prompt."""
@@ -181,7 +277,7 @@ class EBM:
             {"pointwise": c.name}
             if isinstance(c, Pointwise)
             else {"moment": c.name, "target": c.target, "lambda": repr(weight)}
-            for c, weight in self._with_lambdas()
+            for c, weight in factor.with_lambdas(self.constraints, self.lambdas)
         ]
         return {
             "constraints": rows,
@@ -189,53 +285,79 @@ class EBM:
             "max_new_tokens": self.max_new_tokens,
         }
 
-    def _with_lambdas(self) -> list[tuple[Constraint, float]]:
-        """Each constraint with its λ, in order; inf for a `Pointwise`."""
-        lambdas = iter(self.lambdas.tolist())
-        return [(c, next(lambdas) if isinstance(c, Moment) else math.inf) for c in self.constraints]
-
-    def _fit(self, samples: Samples, log_w: Tensor) -> None:
-        """Sets λ from texts with log-weights a/q, hardening the moments on an edge."""
-        values = self.values(samples)
-        for j, moment in enumerate(self.moments):
-            on_edge = moment.target in (0.0, 1.0) and self._binary[moment.feature.name]
-            self.lambdas[j] = 0.0 if not on_edge else math.inf if moment.target else -math.inf
-        log_b = self.log_factor(values)
-        if not bool((log_w + log_b > -math.inf).any()):
-            raise MomentsUnreachable(self._nothing_satisfies(values))
-        soft = self.lambdas.isfinite()
-        moments = [m for m, is_soft in zip(self.moments, soft.tolist(), strict=True) if is_soft]
-        columns = [m.statistic(values) for m in moments]
-        self.moment_fit = fit_lambdas(
-            torch.stack(columns, dim=1) if columns else torch.zeros(len(samples), 0),  # (N, K)
-            torch.tensor([m.bounds for m in moments], dtype=torch.float64).reshape(-1, 2),
-            log_w + log_b,
-            names=[m.name for m in moments],
-        )
-        self.lambdas[soft] = torch.as_tensor(self.moment_fit.lambdas)
-        weights = log_w + self.log_factor(values)
-        self.log_z = Score(*log_weights.log_z(weights), n=len(samples))
-
-    def _nothing_satisfies(self, values: dict[str, Tensor]) -> str:
-        """Why no text was left: how often each hard constraint held by itself."""
-        seen = [
-            (constraint.name, _allowed(constraint, values))
-            for constraint, weight in self._with_lambdas()
-            if math.isinf(weight)
+    def __str__(self) -> str:
+        """What is asked, how often the base does it already, and how λ was found."""
+        width = max(len(c.name) for c in self.constraints)
+        lines = []
+        for constraint, weight in factor.with_lambdas(self.constraints, self.lambdas):
+            base = self.base_moments.get(constraint.name)
+            line = f"{constraint.name:{width}}  {_asked(constraint):16}"
+            line += "" if base is None else f"  base {base!s:18}"
+            lines.append(line + ("  hard" if math.isinf(weight) else f"  lambda {weight:.4g}"))
+        fit = self.moment_fit
+        if fit is None:
+            lines += [] if self.log_z is None else [f"log Z {self.log_z}"]
+            return "\n".join(lines)
+        soft = factor.soft_moments(self.constraints, self.lambdas)
+        if soft:
+            lines += ["", str(fit)]
+        else:
+            kl = Score(fit.kl_target_base, fit.kl_target_base_stderr, fit.n_samples)
+            lines.append(
+                f"ESS {fit.ess:,.0f} of {fit.n_samples:,} samples · log Z {self.log_z} · "
+                f"KL(p‖a) {kl} nats"
+            )
+        if soft and len(soft) < len(self.constraints):
+            lines.append("base moments and hits are those of texts that satisfy what is hard")
+        lines += [
+            f"{m.name!r} is the mean of {m.given.name} · ({m.feature.name} − {m.target:g})"
+            for m in soft
+            if m.given is not None
         ]
-        n = len(seen[0][1])
-        held = ", ".join(f"{name!r} {int(ok.sum())} times" for name, ok in seen)
-        return (
-            f"none of {n:,} texts satisfies every hard constraint ({held}): draw more (n_samples=), "
-            "draw from a model that shows them (proposal=), or ask for less"
-        )
+        return "\n".join(lines)
+
+    def _fit(self, samples: Samples, log_w: Tensor, strata: Tensor | None = None) -> None:
+        """Sets λ, and what is known about it, from texts with log-weights a/q."""
+        values = self.values(samples)
+        found = factor.fit(self.constraints, values, log_w, binary=self._binary, strata=strata)
+        self.lambdas, self.moment_fit = found.lambdas, found.moment_fit
+        self.log_z, self.base_moments = found.log_z, found.base_moments
+
+    def _check_heldout(self, samples: Samples, log_w: Tensor) -> None:
+        """Fills the held-out moments of the fit from texts that did not shape λ."""
+        if self.moment_fit is None:
+            return
+        values = self.values(samples)
+        hard_part = torch.where(self.lambdas.isfinite(), 0.0, self.lambdas)
+        log_w = log_w + factor.log_factor(self.constraints, hard_part, values)
+        soft = factor.soft_moments(self.constraints, self.lambdas)
+        self.moment_fit = self.moment_fit.with_heldout(factor.statistics(soft, values), log_w)
 
 
-def _allowed(constraint: Constraint, values: dict[str, Tensor]) -> Tensor:
-    """Where a hard constraint holds, bool `(N,)`: a moment on the edge of its binary feature."""
+def _asked(constraint: Constraint) -> str:
+    """What a constraint asks for, in a word or two."""
     if isinstance(constraint, Pointwise):
-        return constraint.holds(values)
-    return constraint.statistic(values) == constraint.bounds[0]
+        return "every text"
+    if isinstance(constraint.target, tuple):
+        return "mean {:g} to {:g}".format(*constraint.target)
+    return f"mean {constraint.target:g}"
+
+
+def _checked_lambdas(lambdas: Sequence[float] | Tensor, moments: Sequence[Moment]) -> Tensor:
+    """λ as float64 `(K,)`: one a moment, infinite only where that is a hard factor."""
+    checked = torch.as_tensor(lambdas, dtype=torch.float64).clone()
+    if checked.shape != (len(moments),) or bool(checked.isnan().any()):
+        raise ValueError(
+            f"lambdas must be {len(moments)} numbers, one for each of "
+            f"{[m.name for m in moments]}; got {checked.tolist()}"
+        )
+    for moment, weight in zip(moments, checked.tolist(), strict=True):
+        if math.isinf(weight) and factor.hard_edge(moment) != weight:
+            raise ValueError(
+                f"lambda {weight} makes {moment.name!r} a hard factor, which needs a binary "
+                f"feature with target 1 (lambda inf) or 0 (lambda -inf), not {moment.target}"
+            )
+    return checked
 
 
 def _distinct_features(constraints: Sequence[Constraint]) -> list[Feature]:

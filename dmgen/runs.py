@@ -1,12 +1,12 @@
 """Run folders: what a run leaves on disk. The only file I/O beside `save_pretrained`.
 
-    config.yaml            what was asked, and the versions it ran under
-    target.json            constraints, λ and how it was fitted
-    metrics.jsonl          a row a step
-    evaluations.jsonl      evaluations on fresh samples
-    samples.jsonl          texts before and after
-    checkpoints/step-N/    all that going on needs: state.json, tensors.safetensors
-    policy/                the result, a Hugging Face folder
+config.yaml            what was asked, and the versions it ran under
+target.json            constraints, λ and how it was fitted
+metrics.jsonl          a row a step
+evaluations.jsonl      evaluations on fresh samples
+samples.jsonl          texts before and after
+checkpoints/step-N/    all that going on needs: state.json, tensors.safetensors
+policy/                the result, a Hugging Face folder
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _KEPT_CHECKPOINTS = 2
 def open_run(folder: Path, *, expected_step: int) -> None:
     """Makes `folder` ready for a run that stands at `expected_step`.
 
-    A new run (step 0) needs a folder without metrics; one that goes on needs the folder whose last
-    row it follows. Rows after the checkpoint that was resumed are cut off, since they will be
-    made again.
+    A new run (step 0) needs a folder without a run; one that goes on needs the folder whose last
+    row it follows. Rows after the checkpoint that was resumed are cut off, since they will be made
+    again, and so is a last row that a crash left half written.
 
     Raises:
         ValueError: the folder holds another run, or is a file.
@@ -42,20 +42,24 @@ def open_run(folder: Path, *, expected_step: int) -> None:
         raise ValueError(f"{folder} is a file; give a folder for the run")
     metrics = folder / "metrics.jsonl"
     rows = read_rows(metrics) if metrics.exists() else []
-    if expected_step == 0 and rows:
+    if expected_step == 0 and (rows or _checkpoints(folder)):
         raise ValueError(
             f"{folder} already holds a run of {len(rows)} steps: give another folder, or go on "
             "with it (sampler.resume(folder); on the command line --resume)"
         )
-    kept = [row for row in rows if row["step"] <= expected_step]
-    if expected_step and len(kept) != expected_step:
+    if expected_step and len(_until(rows, expected_step)) != expected_step:
         raise ValueError(
             f"{folder} holds {len(rows)} steps, but this sampler stands at step {expected_step}: "
             "call sampler.resume(folder) first, or give the folder that its run began in"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if len(kept) != len(rows):
-        write_text(metrics, "".join(json.dumps(row) + "\n" for row in kept))
+    for path in (metrics, folder / "evaluations.jsonl"):
+        if path.exists():
+            write_rows(path, _until(read_rows(path), expected_step))
+
+
+def _until(rows: Iterable[Mapping[str, Any]], step: int) -> list[Mapping[str, Any]]:
+    return [row for row in rows if row["step"] <= step]
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
@@ -107,13 +111,16 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def versions() -> dict[str, str]:
     """What a run's figures depend on beside its settings."""
-    found = {"python": platform.python_version(), "machine": f"{platform.machine()}"}
-    for name in ("dmgen", "torch", "transformers", "numpy", "scipy", "sacrebleu"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    names = ("dmgen", "torch", "transformers", "numpy", "scipy", "sacrebleu")
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    return found | {name: _version(name) for name in names}
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def save_checkpoint(
@@ -122,14 +129,18 @@ def save_checkpoint(
     """Writes `checkpoints/step-N` so that it exists whole or not at all; keeps the last ones."""
     home = folder / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
+    for left_by_a_crash in home.glob(".step-*"):
+        shutil.rmtree(left_by_a_crash)
     final, partial = home / f"step-{step}", home / f".step-{step}.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     save_file(plain, partial / "tensors.safetensors")
     write_json(partial / "state.json", facts)
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():
+        # A folder cannot replace another in one move; two moves leave next to no time between.
+        os.replace(final, home / f".step-{step}.old")
     os.replace(partial, final)
+    shutil.rmtree(home / f".step-{step}.old", ignore_errors=True)
     for old in _checkpoints(folder)[:-_KEPT_CHECKPOINTS]:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -149,5 +160,10 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    found = (folder / "checkpoints").glob("step-*")
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    """The whole checkpoints of a run, the oldest first."""
+    found = {
+        int(path.name.removeprefix("step-")): path
+        for path in (folder / "checkpoints").glob("step-*")
+        if path.name.removeprefix("step-").isdecimal()
+    }
+    return [found[step] for step in sorted(found)]

@@ -6,33 +6,50 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from dmgen import divergences, log_weights
+from dmgen import divergences
 from dmgen.constraints import Moment
 from dmgen.ebm import EBM
+from dmgen.factor import Constraint
 from dmgen.metrics.diversity import distinct_n, self_bleu
+from dmgen.metrics.pool import MODELS, Pool
+from dmgen.metrics.verdicts import TOLERANCE, interval, n_to_decide, verdict
 from dmgen.models.base import LanguageModel, Samples
 from dmgen.score import Score
 
-LEVEL = 0.99
-TOLERANCE = 0.05
+__all__ = ["Evaluation", "MomentRow", "evaluate"]
+
+# Self-BLEU grows with the number of texts; beyond this, a fixed number keeps figures comparable.
+_MOST_FOR_SELF_BLEU = 2048
 
 
 @dataclass(frozen=True)
 class MomentRow:
-    """One constraint: its mean under the base, the target and the policy, and the verdict."""
+    """One constraint: its mean under base, target and policy, and the verdict on the policy.
+
+    Attributes:
+        name: the constraint's name.
+        target: the mean asked for; 1.0 for a `Pointwise`, (low, high) for an interval.
+        base, reachable, policy: the mean under the base, under p itself, and under the policy.
+        interval: 99 % interval of the policy's mean.
+        verdict: "met", "not met" or "undecided", see `verdicts.verdict`.
+        n_to_decide: for "undecided", about how many texts would decide; None if no number would.
+    """
 
     name: str
     target: float | tuple[float, float]
     base: Score
     reachable: Score
     policy: Score
+    interval: tuple[float, float]
     verdict: str
+    n_to_decide: int | None
 
 
 @dataclass(frozen=True)
@@ -44,64 +61,101 @@ class Evaluation:
         kl_target_policy: KL(p‖π), what is still missing, nats.
         kl_policy_base: KL(π‖a), what it cost, nats.
         kl_target_base: KL(p‖a), the least that it can cost, nats.
-        self_bleu: Self-BLEU-5 of the policy's and the base's texts, by model.
-        distinct: Distinct-1 likewise.
-        samples: the texts of the policy and the base, by model.
+        excess: KL(π‖a) − KL(p‖a), what was forgotten beyond the necessary, nats; its error knows
+            that both come from the same texts.
+        tv, js: total variation distance and Jensen-Shannon divergence (nats) of p and π.
+        length: mean length in tokens, EOS included, of "base", "target" and "policy".
+        perplexity: of the texts of "base", "target" and "policy" under the base, a token.
+        self_bleu, distinct: Self-BLEU-3/4/5 and Distinct-1/2/3 by model and order, such as
+            `self_bleu["policy", 5]`, for "base" and "policy".
+        samples: the texts of "base" and "policy".
+        tolerance: of the verdicts.
     """
 
     moments: list[MomentRow]
     kl_target_policy: Score
     kl_policy_base: Score
     kl_target_base: Score
-    self_bleu: Mapping[str, Score]
-    distinct: Mapping[str, Score]
+    excess: Score
+    tv: Score
+    js: Score
+    length: Mapping[str, Score]
+    perplexity: Mapping[str, Score]
+    self_bleu: Mapping[tuple[str, int], Score]
+    distinct: Mapping[tuple[str, int], Score]
     samples: Mapping[str, Samples] = field(repr=False)
+    tolerance: float = TOLERANCE
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a number: what, target, value, stderr, n, and the verdict where there is one."""
-        rows: list[dict[str, Any]] = []
-        for m in self.moments:
-            for model, score in (("base", m.base), ("policy", m.policy)):
-                verdict = m.verdict if model == "policy" else ""
-                rows.append(
-                    _row(f"E[{m.name}]", model, score) | {"target": m.target, "verdict": verdict}
-                )
-        for name in ("kl_target_policy", "kl_policy_base", "kl_target_base"):
-            rows.append(_row(name, "", getattr(self, name)))
-        for name, by_model in (("self_bleu_5", self.self_bleu), ("distinct_1", self.distinct)):
-            rows += [_row(name, model, score) for model, score in by_model.items()]
-        return pd.DataFrame(rows)
+        """One row a number.
+
+        Columns: metric, model ("" where the name says it), value, stderr, n, signature, and for
+        the moments of the policy target, low, high, verdict and n_to_decide.
+        """
+        return pd.DataFrame(self._rows())
 
     def to_dict(self) -> dict[str, Any]:
-        """The same in plain types."""
-        return {"rows": json.loads(self.to_frame().to_json(orient="records"))}
+        """The same in plain types, ready for JSON: None where a number is not finite."""
+        return {"tolerance": self.tolerance, "rows": self._rows()}
 
     def to_json(self) -> str:
         """The same as JSON text."""
-        return json.dumps(self.to_dict())
+        return json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False)
 
     def __str__(self) -> str:
-        lines = [f"{'':24}{'base':>18}{'target':>14}{'policy':>18}   99 % interval     verdict"]
+        """A table: base, target and policy side by side, intervals and verdicts."""
+        n = len(self.samples["policy"])
+        lines = [
+            [f"{n:,} texts of each", "asked", "base", "target p", "policy π", "99 %", "verdict"]
+        ]
         for m in self.moments:
-            low, high = m.policy.interval(LEVEL)
-            goal = (
-                f"{m.target:.3f}"
-                if isinstance(m.target, float)
-                else "{:.2f}-{:.2f}".format(*m.target)
-            )
-            lines.append(
-                f"{m.name[:24]:24}{m.base!s:>18}{goal:>14}{m.policy!s:>18}   "
-                f"[{low:.3f}, {high:.3f}]    {m.verdict}"
-            )
-        for label, score in (
-            ("KL(p‖π)  still missing", self.kl_target_policy),
-            ("KL(π‖a)  paid", self.kl_policy_base),
-            ("KL(p‖a)  least possible", self.kl_target_base),
+            low, high = m.interval
+            said = m.verdict
+            if m.n_to_decide is not None:
+                said += f" (about {m.n_to_decide:,} texts would decide)"
+            scores = [str(m.base), str(m.reachable), str(m.policy)]
+            lines.append([m.name, _text(m.target), *scores, f"{low:.3f} to {high:.3f}", said])
+        least = str(self.kl_target_base)
+        lines += [
+            ["KL(·‖a) paid, nats", "", "", least, str(self.kl_policy_base)],
+            ["  beyond the least", "", "", "", str(self.excess)],
+            ["KL(p‖·) missing, nats", "", least, "", str(self.kl_target_policy)],
+            ["TV(p, ·)", "", "", "", str(self.tv)],
+            ["JS(p, ·) nats", "", "", "", str(self.js)],
+        ]
+        for label, scores_by_model in (
+            ("length in tokens", self.length),
+            ("perplexity under a", self.perplexity),
         ):
-            lines.append(f"{label:24}{'':18}{'':14}{score!s:>18}   nats")
-        for label, by_model in (("Self-BLEU-5", self.self_bleu), ("Distinct-1", self.distinct)):
-            lines.append(f"{label:24}{by_model['base']!s:>18}{'':14}{by_model['policy']!s:>18}")
-        return "\n".join(lines)
+            models = ("base", "target", "policy")
+            lines.append([label, "", *(str(scores_by_model[model]) for model in models)])
+        for label, by_order in (("Self-BLEU", self.self_bleu), ("Distinct", self.distinct)):
+            for order in sorted({order for _, order in by_order}):
+                base, policy = by_order["base", order], by_order["policy", order]
+                lines.append([f"{label}-{order}", "", str(base), "", str(policy)])
+        return _aligned(lines)
+
+    def _rows(self) -> list[dict[str, Any]]:
+        rows = []
+        for m in self.moments:
+            name = f"E[{m.name}]"
+            rows += [_row(name, "base", m.base), _row(name, "target", m.reachable)]
+            low, high = m.interval
+            rows.append(
+                _row(name, "policy", m.policy)
+                | {"target": m.target, "low": _finite(low), "high": _finite(high)}
+                | {"verdict": m.verdict, "n_to_decide": m.n_to_decide}
+            )
+        rows += [_row(name, "", getattr(self, name)) for name in _DISTANCES]
+        for name in ("length", "perplexity"):
+            rows += [_row(name, model, score) for model, score in getattr(self, name).items()]
+        for name in ("self_bleu", "distinct"):
+            by_order = getattr(self, name).items()
+            rows += [_row(f"{name}_{order}", model, score) for (model, order), score in by_order]
+        return rows
+
+
+_DISTANCES = ("kl_target_policy", "kl_policy_base", "kl_target_base", "excess", "tv", "js")
 
 
 def evaluate(
@@ -118,86 +172,103 @@ def evaluate(
     from the policy's own texts; what concerns the target comes from both, pooled with the balance
     heuristic: the base alone misses rare targets, the policy alone has heavy tails.
 
-    A moment is "met" if its 99 % interval lies inside target ± tolerance, "not met" if it lies
-    outside, and "undecided" otherwise.
+    Two bounds that hold for any two models are checked on the way, because a violation means that
+    texts, features and log-probabilities do not belong together (such as texts drawn with top-p
+    and scored without): `KL(π‖a) >= KL(Bern(E_π φ)‖Bern(E_a φ))` for every binary feature φ, and
+    `KL(p‖π) >= −log E_π[P > 0]`.
+
+    Args:
+        policy: the model to judge.
+        target: what it should be like.
+        n_samples: texts of each of the two models, at least 2.
+        seed: of the draws; None for fresh ones.
+        tolerance: a moment may be off by so much, see `verdicts.verdict`.
 
     Raises:
-        ValueError: `n_samples` is under 2.
+        ValueError: `n_samples` is under 2, or the tolerance negative.
+        ArithmeticError: one of the bounds is violated by more than 5 joint standard errors.
     """
     if n_samples < 2:
         raise ValueError(f"n_samples must be at least 2, got {n_samples}")
-    generator = torch.Generator()
-    if seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(seed)
-    models = {"base": target.base, "policy": policy}
-    drawn = {
-        name: model.sample(
-            n_samples,
-            prompt=target.prompt,
-            max_new_tokens=target.max_new_tokens,
-            generator=generator,
-        )
-        for name, model in models.items()
-    }
-    pooled = Samples.cat([drawn["base"], drawn["policy"]])
-    log_base = torch.cat([drawn["base"].log_prob, target.base.log_prob(drawn["policy"])])
-    log_policy = torch.cat([policy.log_prob(drawn["base"]), drawn["policy"].log_prob])
-    log_score = target.log_score(pooled, base_log_prob=log_base)
-    counts = torch.tensor([n_samples, n_samples])
-    log_mixture = log_weights.log_mixture(torch.stack([log_base, log_policy], dim=1), counts)
-    strata = torch.arange(2).repeat_interleave(n_samples)
-    texts = {name: samples.texts for name, samples in drawn.items()}
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    pool = Pool.draw(policy, target, n_samples, seed)
+    pool.check_bounds()
+    texts = {name: samples.texts for name, samples in pool.drawn.items()}
+    n_tokens = torch.cat([samples.n_tokens for samples in pool.drawn.values()]).double()
     return Evaluation(
-        moments=_moments(target, drawn, pooled, log_score - log_mixture, tolerance),
-        kl_target_policy=divergences.kl(log_score, log_policy, log_mixture, strata=strata),
-        kl_policy_base=divergences.reverse_kl(log_policy[n_samples:], log_base[n_samples:]),
-        kl_target_base=divergences.kl(log_score, log_base, log_mixture, strata=strata),
-        self_bleu={name: self_bleu(t, max_texts=2000) for name, t in texts.items()},
-        distinct={name: distinct_n(t, 1) for name, t in texts.items()},
-        samples=drawn,
+        moments=[_row_of(constraint, pool, tolerance) for constraint in target.constraints],
+        kl_target_policy=pool.distance(divergences.kl, pool.log_policy),
+        kl_policy_base=pool.kl_policy_base(),
+        kl_target_base=pool.distance(divergences.kl, pool.log_base),
+        excess=pool.excess(),
+        tv=pool.distance(divergences.tv, pool.log_policy),
+        js=pool.distance(divergences.js, pool.log_policy),
+        length={model: pool.mean(model, n_tokens) for model in MODELS},
+        perplexity={model: _perplexity(pool, model, n_tokens) for model in MODELS},
+        self_bleu={
+            (model, n): self_bleu(t, n, max_texts=_MOST_FOR_SELF_BLEU)
+            for model, t in texts.items()
+            for n in (3, 4, 5)
+        },
+        distinct={(model, n): distinct_n(t, n) for model, t in texts.items() for n in (1, 2, 3)},
+        samples=pool.drawn,
+        tolerance=tolerance,
     )
 
 
-def _moments(
-    target: EBM, drawn: Mapping[str, Samples], pooled: Samples, log_w: Tensor, tolerance: float
-) -> list[MomentRow]:
-    rows = []
-    values = {name: target.values(samples) for name, samples in drawn.items()}
-    pooled_values = target.values(pooled)
-    for constraint in target.constraints:
-        is_moment = isinstance(constraint, Moment)
-        goal = constraint.target if is_moment else 1.0
-        policy = _mean(constraint, values["policy"])
-        rows.append(
-            MomentRow(
-                constraint.name,
-                goal,
-                base=_mean(constraint, values["base"]),
-                reachable=_mean(constraint, pooled_values, log_w),
-                policy=policy,
-                verdict=verdict(policy, goal, tolerance),
-            )
-        )
-    return rows
+def _row_of(constraint: Constraint, pool: Pool, tolerance: float) -> MomentRow:
+    goal = constraint.target if isinstance(constraint, Moment) else 1.0
+    base, reachable, policy = (pool.constraint_mean(model, constraint) for model in MODELS)
+    column = pool.values[constraint.feature.name]
+    binary = bool(((column == 0) | (column == 1)).all())
+    needed = n_to_decide(policy, goal, tolerance, binary=binary)
+    if needed is not None:
+        # Only texts that meet the condition count, and it takes more draws to have so many.
+        needed = math.ceil(needed * len(pool.drawn["policy"]) / policy.n)
+    return MomentRow(
+        constraint.name,
+        goal,
+        base,
+        reachable,
+        policy,
+        interval(policy, binary=binary),
+        verdict(policy, goal, tolerance, binary=binary),
+        needed,
+    )
 
 
-def _mean(constraint: Any, values: Mapping[str, Tensor], log_w: Tensor | None = None) -> Score:
-    """The mean of a constraint's feature, among the texts with its condition if it has one."""
-    column = values[constraint.feature.name]
-    weights = torch.zeros_like(column) if log_w is None else log_w
-    if isinstance(constraint, Moment) and constraint.given is not None:
-        weights = weights.masked_fill(values[constraint.given.name] == 0, -math.inf)
-    value, stderr = log_weights.mean(weights, column)
-    return Score(float(value), float(stderr), int((weights > -math.inf).sum()))
+def _perplexity(pool: Pool, model: str, n_tokens: Tensor) -> Score:
+    """exp of the mean of −log a over all tokens of a model's texts."""
+    surprise = pool.ratio(model, -pool.log_base, n_tokens)
+    value = math.exp(surprise.value)
+    return Score(value, value * surprise.stderr, surprise.n)
 
 
-def verdict(score: Score, target: float | tuple[float, float], tolerance: float = TOLERANCE) -> str:
-    """ "met", "not met" or "undecided": where the 99 % interval lies against target ± tolerance."""
-    low, high = target if isinstance(target, tuple) else (target, target)
-    low, high = low - tolerance, high + tolerance
-    left, right = score.interval(LEVEL)
-    if low <= left and right <= high:
-        return "met"
-    return "not met" if right < low or left > high else "undecided"
+def _row(metric: str, model: str, score: Score) -> dict[str, Any]:
+    return {
+        "metric": metric,
+        "model": model,
+        "value": _finite(score.value),
+        "stderr": _finite(score.stderr),
+        "n": score.n,
+        "signature": score.signature,
+    }
+
+
+def _finite(x: float) -> float | None:
+    """None for NaN and infinities, which JSON does not have."""
+    return x if math.isfinite(x) else None
+
+
+def _text(target: float | tuple[float, float]) -> str:
+    return "{:g} to {:g}".format(*target) if isinstance(target, tuple) else f"{target:g}"
+
+
+def _aligned(lines: list[list[str]]) -> str:
+    """Cells in columns, each as wide as its widest cell."""
+    widths = [max(len(cell) for cell in column) for column in zip_longest(*lines, fillvalue="")]
+    return "\n".join(
+        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)).rstrip()
+        for line in lines
+    )

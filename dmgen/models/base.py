@@ -1,7 +1,8 @@
-"""What every language model shares: `Samples`, the `LanguageModel` protocol, and the draw of a token."""
+"""What language models share: `Samples`, the `LanguageModel` protocol, the draw of a token."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -19,13 +20,14 @@ class Samples:
 
     Attributes:
         tokens: long `(N, T)`, the tokens after the prompt; what lies after the end is arbitrary.
-        mask: bool `(N, T)`, true up to and with the first EOS, or everywhere if there is none.
+        mask: bool `(N, T)`, true up to and with the first EOS or, without one, the last token.
         log_prob: float64 `(N,)`, nats, under the model that drew the text.
         texts: N decoded texts, without prompt and special tokens.
         prompts: N prompts.
 
     Raises:
-        ValueError: the lengths or shapes disagree, or a `log_prob` is NaN or `+inf`.
+        ValueError: the lengths or shapes disagree, a row of the mask is empty or has holes, or a
+            `log_prob` is NaN or `+inf`.
     """
 
     tokens: Tensor
@@ -47,13 +49,12 @@ class Samples:
                 f"Samples has {n} texts, {len(self.prompts)} prompts and {shapes[0][0]} rows of "
                 "tokens: the three must be equal"
             )
-        bad = torch.isnan(self.log_prob) | (self.log_prob == torch.inf)
-        if bad.any():
-            i = int(bad.nonzero()[0])
+        if (self.mask[:, 1:] & ~self.mask[:, :-1]).any() or (self.n_tokens < 1).any():
             raise ValueError(
-                f"log_prob of text {i} is {self.log_prob[i].item()} ({self.texts[i]!r}): the model "
-                "that drew it gave NaN or infinite logits"
+                "each row of mask must be true up to the end of its text, for one token at least, "
+                "and false after it"
             )
+        refuse_nan(self.log_prob, self.texts)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -73,6 +74,8 @@ class Samples:
 
     def split(self, size: int) -> Iterator[Samples]:
         """Consecutive parts of at most `size` texts."""
+        if size < 1:
+            raise ValueError(f"parts must hold at least one text, got size={size}")
         for start in range(0, len(self), size):
             yield self[start : start + size]
 
@@ -80,6 +83,11 @@ class Samples:
     def n_tokens(self) -> Tensor:
         """Length of each text in tokens, an EOS included, long `(N,)`."""
         return self.mask.sum(-1)
+
+    @property
+    def longest(self) -> int:
+        """Length of the longest text in tokens; columns from there on hold nothing but padding."""
+        return int(self.mask.any(0).sum())
 
     @staticmethod
     def cat(parts: Sequence[Samples]) -> Samples:
@@ -145,9 +153,18 @@ class LanguageModel(Protocol):
         ...
 
 
-def uniforms(
-    n: int, length: int, *, seed: int | None, generator: torch.Generator | None
-) -> Tensor:
+def refuse_nan(log_prob: Tensor, texts: Sequence[str]) -> None:
+    """Raises if log-probabilities, `(N,)` or `(N, T)`, are NaN or `+inf`, naming the first text."""
+    bad = torch.isnan(log_prob) | (log_prob == torch.inf)
+    if bad.any():
+        i = int(bad.nonzero()[0, 0])
+        raise ValueError(
+            f"the log-probability of text {i} ({texts[i]!r}) is NaN or infinite, so the model gave "
+            "NaN or infinite logits: its weights have diverged, or dtype is too narrow for them"
+        )
+
+
+def uniforms(n: int, length: int, *, seed: int | None, generator: torch.Generator | None) -> Tensor:
     """The float64 `(n, length)` block of uniforms in [0, 1) that a draw of `n` texts uses up.
 
     Row i belongs to text i, so a text does not depend on how the draw is split into batches.
@@ -170,13 +187,28 @@ def uniforms(
     return drawn.cpu()
 
 
+def stream(purpose: str, seed: int | None) -> torch.Generator:
+    """A generator for one purpose: the same `seed` gives other texts to fit, to train and to judge.
+
+    With `seed=None` it starts from the system's entropy.
+    """
+    generator = torch.Generator()
+    if seed is None:
+        generator.seed()
+        return generator
+    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+    return generator.manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+
+
 def draw_tokens(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     """One token a row from `softmax(logits)` by inversion of the CDF, and its log-probability.
 
     Plainly: `token = searchsorted(cumsum(softmax(logits)), u)`. A float32 cumsum over a large
     vocabulary gives rare tokens bins of zero width, so the sum is taken in two levels: first a
     block of tokens is chosen, then a token inside it, both with float64 cumsums. A token of
-    probability 0 is never drawn.
+    probability 0 is never drawn. The log-probability is that of the two choices as they were made,
+    so it is exact for the law of the draw; it differs from the softmax by the float32 rounding of a
+    block's sum.
 
     Args:
         logits: `(N, V)`, float32 or float64; `-inf` is legal, a row of nothing else is not.
@@ -199,11 +231,12 @@ def draw_tokens(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     block, offset = _invert(edges, u.to(total) * total)  # (N,)
     inner = blocks[rows, block].double()  # (N, width)
     inner_edges = inner.cumsum(-1)
+    inner_total, block_sum = inner_edges[:, -1], block_sums[rows, block]
     # The block's own sum in float64 differs from its float32 sum in the last digits: rescale.
-    within = offset * (inner_edges[:, -1] / block_sums[rows, block])
-    token, _ = _invert(inner_edges, within)
-    log_prob = torch.log(inner[rows, token] / total)
-    return block * width + token, log_prob
+    token, _ = _invert(inner_edges, offset * (inner_total / block_sum))
+    log_prob = torch.log(inner[rows, token] / inner_total * (block_sum / total))
+    # NaN logits put the token anywhere, in the padding too: it must stay a legal input.
+    return (block * width + token).clamp_(max=v - 1), log_prob
 
 
 def _invert(edges: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

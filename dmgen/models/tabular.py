@@ -1,4 +1,4 @@
-"""A small language model whose every text can be listed: the exact answer to almost every question."""
+"""A small language model whose every text can be listed: exact answers to most questions."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dmgen.models.base import Samples, draw_tokens, uniforms
+from dmgen.models.base import Samples, draw_tokens, refuse_nan, uniforms
 
 
 class TabularLM:
@@ -103,7 +103,7 @@ class TabularLM:
             list(itertools.product(range(len(self.vocab)), repeat=length)), dtype=torch.long
         )
         if self.eos is not None:
-            # Sequences that differ after the EOS only are one text: keep the one that goes on in 0s.
+            # Sequences that differ only after the EOS are one text: keep the one of 0s there.
             ended = self._after_eos(tokens)
             tokens = tokens[((tokens == 0) | ~ended).all(-1)]
         return self._finish(tokens)
@@ -117,11 +117,22 @@ class TabularLM:
     def token_log_prob(
         self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
     ) -> Tensor:
-        """Log-probability of each token in nats, float64 `(N, T)`, 0 where masked."""
+        """Log-probability of each token in nats, float64 `(N, T)`, 0 where masked.
+
+        Raises:
+            ValueError: a text has a prompt or is longer than the table, or the table holds NaN.
+        """
         for prompt in set(samples.prompts):
             self._refuse_prompt(prompt)
+        used = samples.longest
+        if used > self.max_new_tokens:
+            raise ValueError(
+                f"a text of {used} tokens is longer than the table's {self.max_new_tokens}"
+            )
         with torch.set_grad_enabled(grad):
-            return self._token_log_prob(samples.tokens, samples.mask)
+            scored = self._token_log_prob(samples.tokens[:, :used], samples.mask[:, :used])
+        refuse_nan(scored.detach(), samples.texts)
+        return torch.nn.functional.pad(scored, (0, samples.tokens.shape[1] - used))
 
     def copy(self) -> TabularLM:
         """An independent trainable copy."""
@@ -169,6 +180,7 @@ class TabularLM:
 
     def _token_log_prob(self, tokens: Tensor, mask: Tensor) -> Tensor:
         table = self.logits.log_softmax(-1)
+        tokens = tokens.masked_fill(~mask, 0)
         per_token = table[self._prefix_rows(tokens), tokens]  # (N, T)
         # Not a product with the mask: a masked token may have log-probability -inf.
         return torch.where(mask, per_token, 0.0)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 PROPOSAL_RULES = ("policy", "kl", "tv", "never")
+# Annotations of the settings, as written, and what they accept.
+_TYPES = {"int": Integral, "float": Real, "str": str, "bool": bool, "None": type(None)}
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,9 @@ class TrainerConfig:
         seed: of every draw of the run.
 
     Raises:
-        ValueError: a value is out of its range; TypeError: an unknown setting.
+        ValueError: a value is out of its range.
+        TypeError: an unknown setting, or a value of the wrong type, such as the string that YAML
+            makes of 1e-4.
     """
 
     batch_size: int = 512
@@ -64,13 +70,19 @@ class TrainerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "proposal_every"):
-            _need(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        for field in fields(self):
+            _check_type(field.name, str(field.type), getattr(self, field.name))
         for name in (
-            "micro_batch_size", "backward_size", "total_steps", "checkpoint_every", "evaluate_every",
-        ):  # fmt: skip
+            "batch_size",
+            "micro_batch_size",
+            "backward_size",
+            "total_steps",
+            "proposal_every",
+            "checkpoint_every",
+            "evaluate_every",
+        ):
             value = getattr(self, name)
-            _need(value is None or value >= 1, f"{name} must be None or at least 1, got {value}")
+            _need(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         _need(self.warmup_steps >= 0, f"warmup_steps must be at least 0, got {self.warmup_steps}")
         _need(
             self.learning_rate > 0 and math.isfinite(self.learning_rate),
@@ -103,6 +115,14 @@ class TrainerConfig:
             return rate
         left = max(0.0, 1 - step / self.total_steps)
         return rate * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+
+
+def _check_type(name: str, wanted: str, value: Any) -> None:
+    """Refuses a value that is not of the type its annotation names; an int serves as a float."""
+    kinds = tuple(_TYPES[part] for part in wanted.split(" | "))
+    # bool is an int in Python, and batch_size=True is a slip.
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{name} must be {wanted}, got {value!r}")
 
 
 def _need(holds: bool, message: str) -> None:

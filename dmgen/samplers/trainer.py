@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from dmgen import divergences, log_weights, runs
 from dmgen.ebm import EBM
 from dmgen.metrics.evaluate import evaluate
-from dmgen.models.base import Samples
+from dmgen.models.base import Samples, stream
 from dmgen.samplers.config import TrainerConfig
 from dmgen.samplers.z_pool import ZPool
 from dmgen.samplers.objectives import advantage, inclusion_probabilities, systematic_sample
@@ -26,6 +26,8 @@ from dmgen.samplers.objectives import advantage, inclusion_probabilities, system
 # standard errors, on at least this effective number of texts.
 _CLOSER = 1.645
 _MIN_ESS = 20.0
+# Texts in one forward and backward pass unless the user says otherwise.
+_MICRO_BATCH = 64
 
 
 class Trainer:
@@ -61,9 +63,9 @@ class Trainer:
             raise ValueError("the policy has no trainable weights: use policy = base.copy()")
         if self.proposal_rule == "policy" and proposal is not None:
             raise ValueError('proposal_rule "policy" draws from the policy: give no proposal')
-        self.proposal = proposal or (policy if self.proposal_rule == "policy" else target.base)
+        self.proposal: Any = proposal or (policy if self.proposal_rule == "policy" else target.base)
         self.optimizer = _optimizer(config, trainable)
-        self.generator = torch.Generator().manual_seed(config.seed)
+        self.generator = stream("train", config.seed)
         self.step = 0
         self.n_drawn = 0
         self.seconds = 0.0
@@ -77,8 +79,9 @@ class Trainer:
     def train(self, n_steps: int, out: str | Path | None = None) -> pd.DataFrame:
         """Takes `n_steps` more steps and returns the history of all so far, a row a step.
 
-        With `out`, metrics, checkpoints and evaluations go there, and a checkpoint is written at
-        the end and on Ctrl-C; `resume(out)` goes on from it.
+        With `out`, metrics, evaluations and checkpoints go there, the last one where it ends;
+        `resume(out)` goes on from it. A run that is interrupted goes on from the last checkpoint
+        that `checkpoint_every` wrote.
 
         Raises:
             ValueError: `out` holds another run.
@@ -100,10 +103,6 @@ class Trainer:
                     self._record(folder, row)
                 bar.set_postfix_str(_facts(row), refresh=False)
                 bar.update()
-        except KeyboardInterrupt:
-            if folder is not None:
-                self.save_checkpoint(folder)
-            raise
         finally:
             bar.close()
         if folder is not None:
@@ -114,30 +113,29 @@ class Trainer:
         return pd.DataFrame(self.history)
 
     def _step(self) -> dict[str, Any]:
-        """One step: draw, score, weigh, backward, update; a row of metrics."""
+        """One step: draw, weigh, backward, update, test the proposal; a row of metrics."""
         started = time.monotonic()
-        config, on_policy = self.config, self.proposal is self.policy
         samples, base_log_prob = self._draw()
-        # Drawn from q: log q is what was recorded while drawing, and is never computed again.
+        # log q is what was recorded while drawing; it is never computed again.
         log_proposal = samples.log_prob
         log_score = self.target.log_score(samples, base_log_prob=base_log_prob)
         log_w = log_score - log_proposal
-        # The batch's own weights would bias its gradient: it counts for Z from the next step on,
-        # unless nothing else is known.
+        # The batch's own weights would bias its gradient, so it counts for Z from the next step
+        # on, unless nothing else is known.
         z = self.z if self.z.n_hits else self.z.add(log_w)
         self.z = self.z.add(log_w)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.rate_at(self.step)
-        log_policy = torch.zeros_like(log_score)
-        a = torch.zeros_like(log_score)
+        log_policy = self._known_log_policy(samples, from_fit=base_log_prob is log_proposal)
         if z.n_hits:
-            log_policy, a = self._backward(samples, log_score, z.log_z, base_log_prob is None)
+            log_policy, a = self._backward(samples, log_score, log_policy, z.log_z)
             self._update()
+        else:
+            log_policy = self.policy.log_prob(samples) if log_policy is None else log_policy
+            a = torch.zeros_like(log_score)
         self.step += 1
         self.n_drawn += len(samples)
-        closer = self._move_proposal(log_w, log_policy - log_proposal) if not on_policy else False
+        moved = self._move_proposal(log_w, log_policy - log_proposal)
         self.seconds += time.monotonic() - started
-        return self._row(samples, log_score, log_policy, a, closer)
+        return self._row(samples, log_score, log_policy, a, moved)
 
     def _draw(self) -> tuple[Samples, Tensor | None]:
         """The texts of this step, and their log-probability under the base where it is known."""
@@ -154,39 +152,41 @@ class Trainer:
         )
         return samples, samples.log_prob if self.proposal is self.target.base else None
 
+    def _known_log_policy(self, samples: Samples, *, from_fit: bool) -> Tensor | None:
+        """log π of each text if it is recorded or needed early; None leaves it to `_backward`."""
+        if self.proposal is self.policy and not from_fit:
+            return samples.log_prob
+        # Which texts are worth a backward pass depends on the log π of all of them.
+        return self.policy.log_prob(samples) if self.config.backward_size else None
+
     def _backward(
-        self, samples: Samples, log_score: Tensor, log_z: float, drawn_now: bool
+        self, samples: Samples, log_score: Tensor, log_policy: Tensor | None, log_z: float
     ) -> tuple[Tensor, Tensor]:
-        """Adds the gradient of `−mean(A log π)`; log π and A of each text, `(N,)`, detached."""
+        """Sets the gradient of `−mean(A log π)`; log π and A of each text, `(N,)`, detached.
+
+        Where `log_policy` is None, the π inside A is that of the very pass that is differentiated.
+        """
         n, size = len(samples), self.config.backward_size
-        log_proposal = samples.log_prob
-        log_policy: Tensor | None = None
-        if drawn_now and self.proposal is self.policy:
-            log_policy = log_proposal
-        elif size is not None and size < n:
-            log_policy = self.policy.log_prob(samples)
-        rows, scale = torch.arange(n), torch.full((n,), 1.0 / n, dtype=torch.float64)
-        if size is not None and size < n and log_policy is not None:
-            a = advantage(self.method, log_score, log_proposal, log_policy, log_z)
-            keep = inclusion_probabilities(a, size)
-            u = float(torch.rand((), generator=self.generator, dtype=torch.float64))
-            rows = systematic_sample(keep, u)
-            scale = scale / keep
-        known = log_policy
-        log_policy = torch.zeros_like(log_score) if known is None else known
-        result = torch.zeros_like(log_score)
-        for part in rows.split(self._micro_batch_size(samples)):
-            log_pi = self.policy.log_prob(samples[part], grad=True)
-            if known is None:
-                log_policy[part] = log_pi.detach().cpu()
-            a = advantage(
-                self.method, log_score[part], log_proposal[part], log_policy[part], log_z
+        seen = torch.zeros_like(log_score) if log_policy is None else log_policy
+
+        def weigh(rows: Tensor) -> Tensor:
+            return advantage(
+                self.method, log_score[rows], samples.log_prob[rows], seen[rows], log_z
             )
-            result[part] = a
-            (-(a * scale[part]).to(log_pi) @ log_pi).backward()
-        if known is not None:
-            result = advantage(self.method, log_score, log_proposal, log_policy, log_z)
-        return log_policy, result
+
+        rows = torch.arange(n)
+        scale = torch.full((n,), 1.0 / n, dtype=torch.float64)
+        if size is not None and size < n:
+            keep = inclusion_probabilities(weigh(rows), size)
+            u = float(torch.rand((), generator=self.generator, dtype=torch.float64))
+            rows, scale = systematic_sample(keep, u), scale / keep
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in torch.split(rows, self.config.micro_batch_size or _MICRO_BATCH):
+            log_pi = self.policy.log_prob(samples[part], grad=True)
+            if log_policy is None:
+                seen[part] = log_pi.detach().cpu()
+            ((-weigh(part) * scale[part]).to(log_pi) @ log_pi).backward()
+        return seen, weigh(torch.arange(n))
 
     def _update(self) -> None:
         """One optimiser step."""
@@ -198,8 +198,9 @@ class Trainer:
                 f"the gradient of step {self.step} has norm {float(norm)}: lower the learning rate "
                 "or set max_grad_norm, and go on from the last checkpoint"
             )
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate_at(self.step)
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         decay = self.config.average_decay
         if decay is None:
             return
@@ -217,7 +218,7 @@ class Trainer:
         A paired test on the very texts trained on, each with the policy as it was then (no text is
         scored again), so it lags a little behind the policy, on the safe side.
         """
-        if self.proposal_rule == "never":
+        if self.proposal_rule in ("policy", "never"):
             return False
         self._since_change.append(torch.stack([log_w, log_ratio]))
         if self.step % self.config.proposal_every:
@@ -249,7 +250,9 @@ class Trainer:
             "log_z": self.z.log_z,
             "log_z_stderr": self.z.stderr,
             "ess": log_weights.ess(log_w),
-            "kl_target_policy": divergences.kl(log_score, log_policy, log_q).value if any_hit else nan,
+            "kl_target_policy": divergences.kl(log_score, log_policy, log_q).value
+            if any_hit
+            else nan,
             "kl_target_proposal": divergences.kl(log_score, log_q, log_q).value if any_hit else nan,
             "proposal_updated": moved,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
@@ -263,14 +266,11 @@ class Trainer:
             )
         return row
 
-    def _micro_batch_size(self, samples: Samples) -> int:
-        return self.config.micro_batch_size or min(64, len(samples))
-
     def _record(self, folder: Path, row: dict[str, Any]) -> None:
         runs.append_row(folder / "metrics.jsonl", row)
         config = self.config
         if config.evaluate_every and self.step % config.evaluate_every == 0:
-            scores = evaluate(self.policy, self.target, seed=config.seed + self.step)
+            scores = evaluate(self.policy, self.target, seed=self.step)
             runs.append_row(folder / "evaluations.jsonl", {"step": self.step} | scores.to_dict())
         if config.checkpoint_every and self.step % config.checkpoint_every == 0:
             self.save_checkpoint(folder)
@@ -302,7 +302,7 @@ class Trainer:
         """Fills this sampler and its policy, in place, from the last checkpoint of a run.
 
         Raises:
-            ValueError: there is no checkpoint, or it belongs to another method, target or config.
+            ValueError: there is no checkpoint, or it belongs to another method or target.
         """
         tensors, facts = runs.load_checkpoint(Path(run_folder))
         mine = {"sampler": type(self).__name__, "target": self.target.to_dict()}
@@ -331,7 +331,9 @@ class Trainer:
         self.history = facts["history"]
 
 
-def _optimizer(config: TrainerConfig, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(
+    config: TrainerConfig, parameters: list[torch.nn.Parameter]
+) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=0.9)
     make = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW

@@ -28,12 +28,16 @@ class ZPool:
 
     @classmethod
     def from_score(cls, log_z: Score | None) -> ZPool:
-        """The pool that an estimate of log Z from `n` weights left behind; empty for None."""
-        if log_z is None or not math.isfinite(log_z.value):
+        """The pool that an estimate of log Z from `n` weights left behind; empty for None.
+
+        A score does not say how many weights were positive: all of them count as hits.
+        """
+        if log_z is None or not math.isfinite(log_z.value) or log_z.n == 0:
             return cls()
         log_n = math.log(log_z.n)
-        # stderr² = (mean w² / mean² − 1) / (n − 1), solved for the mean of squares.
-        relative = math.log1p(log_z.stderr**2 * max(1, log_z.n - 1))
+        # stderr² = (mean w² / mean² − 1) / (n − 1), solved for the mean of squares. A single
+        # weight has no error and is its own mean.
+        relative = math.log1p(log_z.stderr**2 * (log_z.n - 1)) if log_z.n > 1 else 0.0
         return cls(log_z.n, log_z.n, log_z.value + log_n, 2 * log_z.value + relative + log_n)
 
     def add(self, log_w: Tensor) -> ZPool:

@@ -1,0 +1,393 @@
+"""`RunConfig`: what a run needs to know, read from YAML and checked before any model is loaded."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
+import torch
+import yaml
+
+from dmgen import features, runs
+from dmgen.constraints import Feature, Moment, Pointwise
+from dmgen.ebm import EBM
+from dmgen.models.base import LanguageModel
+from dmgen.samplers.config import TrainerConfig
+from dmgen.samplers.policy_gradient import DPG, GDC, GDCpp
+from dmgen.samplers.trainer import Trainer
+from dmgen.score import Score
+
+SAMPLERS: dict[str, type[Trainer]] = {"DPG": DPG, "GDC": GDC, "GDCpp": GDCpp}
+DTYPES = ("float32", "bfloat16", "float16")
+_CONSTRAINT_KEYS = ("pointwise", "moment", "target", "given")
+_CONSTRAINT_FORMS = (
+    "{pointwise: {wordlist: sports}} or {moment: {gender: female}, target: 0.5, "
+    "given: {wordlist: sports}} (given may be left out)"
+)
+_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How λ is fitted: on `n_samples` texts of the base, drawn with `seed`."""
+
+    n_samples: int = 10_240
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        _at_least(1, n_samples=self.n_samples)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """The evaluation at the end: `n_samples` texts of the policy and of the base, with `seed`."""
+
+    n_samples: int = 2048
+    seed: int = 2
+
+    def __post_init__(self) -> None:
+        _at_least(2, n_samples=self.n_samples)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What a run is: a base, the constraints on it, and how a policy is fitted to them.
+
+    The three seeds differ by default: with a seed in common, the first batches would be the very
+    texts that λ was fitted on.
+
+    Attributes:
+        base: "tiny-bios", a model folder, or a hub id.
+        constraints: mappings `{pointwise: FEATURE}` or `{moment: FEATURE, target: T}`, the latter
+            with `given: FEATURE` if it is conditional; T is a number or `[low, high]`, FEATURE what
+            `features.from_config` reads: `{wordlist: sports}`.
+        prompt: the text before every text.
+        max_new_tokens: the longest text, in tokens.
+        method: a name in `SAMPLERS`.
+        n_steps: gradient steps in all.
+        fit, trainer, evaluate: settings of the three stages. A run writes a checkpoint every 25
+            steps unless `trainer.checkpoint_every` says otherwise.
+        device: as torch names it ("cpu", "cuda:1"); None: CUDA where there is a device.
+        dtype: precision of computing, a name in `DTYPES`; None: float32.
+
+    Raises:
+        ValueError: a value is out of its range, or a constraint or feature is not a known one.
+        TypeError: a constraint is no mapping, or its target no number.
+    """
+
+    base: str
+    constraints: Sequence[Mapping[str, Any]]
+    prompt: str = ""
+    max_new_tokens: int = 40
+    method: str = "GDCpp"
+    n_steps: int = 300
+    fit: FitConfig = field(default_factory=FitConfig)
+    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(checkpoint_every=25))
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    device: str | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        # Lists, as YAML has them, so that what is written and read again is equal.
+        object.__setattr__(self, "constraints", _plain(self.constraints))
+        if not self.base:
+            raise ValueError('base must name a model: "tiny-bios", a folder, or a hub id')
+        _at_least(1, max_new_tokens=self.max_new_tokens, n_steps=self.n_steps)
+        _one_of(tuple(SAMPLERS), method=self.method)
+        _one_of((None, *DTYPES), dtype=self.dtype)
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"device must be like 'cpu', 'cuda' or 'cuda:1', got {self.device!r}"
+                ) from error
+        self.build_constraints()
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, Any]) -> RunConfig:
+        """The configuration that a mapping of plain values describes; what is left out is default.
+
+        Raises:
+            ValueError: a key is unknown (the nearest known one is named) or missing, or a value is
+                out of its range.
+            TypeError: a value has the wrong type.
+        """
+        return _section(cls, mapping, "")  # type: ignore[no-any-return]
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+        """The configuration in a YAML file, with `overrides` put on top.
+
+        Args:
+            path: the file.
+            overrides: `key=value` or `section.key=value`, the value as in YAML
+                ("trainer.batch_size=256"); entries of a list by position
+                ("constraints.0.target=0.4"). Nothing after the `=` is the empty text.
+
+        Raises:
+            ValueError, TypeError: as `from_mapping`, or there is no such file or it is not YAML;
+                the message begins with the path and the overrides.
+        """
+        path = Path(path)
+        if not path.is_file():
+            inside = path / "config.yaml"
+            hint = f"; did you mean {inside}?" if inside.is_file() else ""
+            raise ValueError(f"there is no configuration file {str(path)!r}{hint}")
+        mapping = _parse(path.read_text(encoding="utf-8"), str(path))
+        overrides = list(overrides)
+        try:
+            _need_mapping(mapping, "")
+            for override in overrides:
+                _override(mapping, override)
+            return cls.from_mapping(mapping)
+        except (ValueError, TypeError) as error:
+            kind = TypeError if isinstance(error, TypeError) else ValueError
+            raise kind(f"{' '.join([str(path), *overrides])}: {error}") from error
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The whole configuration in plain values; `from_mapping` gives it back."""
+        return asdict(self)
+
+    def to_yaml(self) -> str:
+        """`to_mapping` as YAML text, which `load` reads."""
+        # Escaped where it is not ASCII: PyYAML reads some line breaks of Unicode as blanks.
+        return str(yaml.safe_dump(self.to_mapping(), sort_keys=False))
+
+    def build_constraints(self) -> list[Pointwise | Moment]:
+        """The constraints as objects, in order."""
+        if not isinstance(self.constraints, list) or not self.constraints:
+            raise ValueError(
+                f"constraints must be a list of at least one like {_CONSTRAINT_FORMS}, "
+                f"got {self.constraints!r}"
+            )
+        built = [_constraint(c, f"constraints.{i}") for i, c in enumerate(self.constraints)]
+        by_name: dict[str, Feature] = {}
+        for feature in (feature for constraint in built for feature in constraint.features):
+            if by_name.setdefault(feature.name, feature) != feature:
+                raise ValueError(
+                    f"constraints: two different features are called {feature.name!r}; "
+                    "give one another name, such as {wordlist: {words: [...], name: mine}}"
+                )
+        return built
+
+
+def save_target(folder: Path, target: EBM) -> None:
+    """Writes `target.json`: the constraints with their λ, and how λ was found."""
+    fit = {} if target.moment_fit is None else asdict(target.moment_fit)
+    plain = {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in fit.items()}
+    facts = {
+        "log_z": None if target.log_z is None else asdict(target.log_z),
+        "base_moments": {name: asdict(score) for name, score in target.base_moments.items()},
+        "moment_fit": plain,
+    }
+    runs.write_json(folder / "target.json", target.to_dict() | facts)
+
+
+def load_target(folder: Path, config: RunConfig, base: LanguageModel) -> EBM:
+    """The target of a run with the λ that it began with: another fit would be another target.
+
+    Raises:
+        ValueError: `target.json` is missing, or not that of `config`.
+    """
+    path = folder / "target.json"
+    if not path.is_file():
+        raise ValueError(f"there is no target in {folder}: {path} is missing")
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    lambdas = [float(row["lambda"]) for row in facts["constraints"] if "lambda" in row]
+    target = EBM(
+        base,
+        config.build_constraints(),
+        lambdas,
+        prompt=config.prompt,
+        max_new_tokens=config.max_new_tokens,
+    )
+    # Through JSON, which has no tuples.
+    asked = json.loads(json.dumps(target.to_dict()))
+    if any(facts[key] != value for key, value in asked.items()):
+        raise ValueError(f"{path} holds another target than {folder / 'config.yaml'} asks for")
+    target.log_z = Score(**facts["log_z"]) if facts["log_z"] else None
+    target.base_moments = {name: Score(**score) for name, score in facts["base_moments"].items()}
+    return target
+
+
+def _constraint(entry: Any, where: str) -> Pointwise | Moment:
+    if not isinstance(entry, Mapping):
+        raise TypeError(f"{where}: a constraint is {_CONSTRAINT_FORMS}, got {entry!r}")
+    for key in entry:
+        _refuse_unknown(key, _CONSTRAINT_KEYS, where)
+    if ("pointwise" in entry) == ("moment" in entry):
+        raise ValueError(f"{where}: a constraint is {_CONSTRAINT_FORMS}, got {entry!r}")
+    try:
+        if "pointwise" in entry:
+            if len(entry) > 1:
+                extra = ", ".join(key for key in entry if key != "pointwise")
+                raise ValueError(f"pointwise holds for every text and takes no {extra}")
+            return Pointwise(features.from_config(entry["pointwise"]))
+        if "target" not in entry:
+            raise ValueError("a moment needs its target: a number, or an interval [low, high]")
+        target, given = entry["target"], entry.get("given")
+        edges: Any = [_number(v) for v in target] if isinstance(target, list) else _number(target)
+        return Moment(
+            features.from_config(entry["moment"]),
+            edges,
+            given=None if given is None else features.from_config(given),
+        )
+    except (ValueError, TypeError) as error:
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{where}: {error}") from error
+
+
+def _section(cls: Any, mapping: Any, where: str, default: Any = None) -> Any:
+    """The dataclass `cls` from a mapping; what is left out is that of `default`, or `cls`'s own."""
+    _need_mapping(mapping, where)
+    hints, known = get_type_hints(cls), {f.name: f for f in fields(cls)}
+    for key in mapping:
+        _refuse_unknown(key, tuple(known), where)
+    for name, f in known.items():
+        if name not in mapping and f.default is MISSING and f.default_factory is MISSING:
+            raise ValueError(f"{name!r} is missing")
+    values = {}
+    for key, value in mapping.items():
+        path = f"{where}.{key}" if where else key
+        if is_dataclass(hints[key]):
+            factory: Any = known[key].default_factory
+            # A section whose lines are all commented out is null in YAML.
+            values[key] = _section(hints[key], {} if value is None else value, path, factory())
+        else:
+            values[key] = _typed(value, hints[key], path)
+    try:
+        return cls(**values) if default is None else replace(default, **values)
+    except ValueError as error:
+        if not where:
+            raise
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:
+    """The value, if it is of the type that the field is declared with."""
+    allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    # `constraints` is checked where it is built, and a type that is not here by its own class.
+    if not any(kind in _KINDS for kind in allowed):
+        return value
+    if float in allowed:
+        value = _number(value)
+    if type(value) in allowed:
+        return value
+    wanted = " or ".join(_KINDS.get(kind, str(kind)) for kind in allowed)
+    raise TypeError(f"{where} must be {wanted}, got {value!r}")
+
+
+_KINDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    type(None): "null",
+}
+
+
+def _number(value: Any) -> Any:
+    """The value as a float, if it is an integer or a number that PyYAML takes for text."""
+    # YAML 1.1 wants a point and a sign, 1.0e-4, and reads 1e-4 as text.
+    is_text = isinstance(value, str) and _EXPONENT.fullmatch(value)
+    return float(value) if type(value) is int or is_text else value
+
+
+def _need_mapping(value: Any, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise TypeError(f"{where or 'a configuration'} must be keys with values, got {value!r}")
+
+
+def _refuse_unknown(key: Any, known: Sequence[str], where: str) -> None:
+    if key in known:
+        return
+    elsewhere = [name for name in _all_keys(RunConfig) if name.split(".")[-1] == key]
+    close = elsewhere or get_close_matches(str(key), known, n=1)
+    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
+    place = where or "the configuration"
+    raise ValueError(f"unknown key {key!r} in {place}{hint} There are {', '.join(known)}")
+
+
+def _all_keys(cls: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all keys, those of the sections too."""
+    names: list[str] = []
+    for name, hint in ((f.name, get_type_hints(cls)[f.name]) for f in fields(cls)):
+        names += _all_keys(hint, f"{name}.") if is_dataclass(hint) else [prefix + name]
+    return names
+
+
+def _override(mapping: dict[str, Any], override: str) -> None:
+    """Puts the value of one `key.sub=value` into the mapping."""
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ValueError(f"an override is key=value, like trainer.batch_size=256; got {override!r}")
+    *parents, last = path.split(".")
+    node: Any = mapping
+    for part in parents:
+        if isinstance(node, dict) and node.get(part) is None:
+            node[part] = {}
+        node = node[_place(node, part, path)]
+    node[_place(node, last, path)] = _parse(text, override) if text else ""
+
+
+def _place(node: Any, part: str, path: str) -> Any:
+    """Where `part` of a path is in a mapping or a list."""
+    if isinstance(node, dict):
+        return part
+    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
+        return int(part)
+    raise ValueError(f"there is no {path!r}: {node!r} has no part {part!r}")
+
+
+def _plain(value: Any) -> Any:
+    """A copy of mappings and sequences as dicts and lists."""
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which a key given twice is an error, where PyYAML takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                problem=f"the key {twice!r} is given twice", problem_mark=node.start_mark
+            )
+        return super().construct_mapping(node, deep=deep)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = "" if mark is None else f" (line {mark.line + 1})"
+        problem = getattr(error, "problem", None) or error
+        raise ValueError(f"{where} is not YAML{line}: {problem}") from error
+
+
+def _at_least(least: int, **values: int) -> None:
+    for name, value in values.items():
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+
+
+def _one_of(allowed: tuple[str | None, ...], **values: str | None) -> None:
+    for name, value in values.items():
+        if value not in allowed:
+            # The method is GDC++ on paper and GDCpp in Python, which difflib takes for GDC.
+            spelt = str(value).replace("+", "p")
+            close = get_close_matches(spelt, [str(a) for a in allowed], n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ValueError(f"{name} must be one of {allowed}, got {value!r}{hint}")

@@ -1,0 +1,111 @@
+"""Fixtures shared by all tests: small worlds whose every text can be listed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from dmgen.models import CausalLM, TabularLM
+
+
+@pytest.fixture
+def world() -> TabularLM:
+    """Texts over "abc" of at most 4 tokens that end with ".", far from uniform."""
+    return TabularLM.random("abc.", 4, eos=".", scale=1.0, seed=0)
+
+
+@pytest.fixture
+def endless_world() -> TabularLM:
+    """All texts of 4 tokens over "abc": there is no EOS."""
+    return TabularLM.random("abc", 4, eos=None, scale=1.0, seed=1)
+
+
+@pytest.fixture(scope="session")
+def gpt2_lm() -> CausalLM:
+    """A random GPT-2 over "abc" and one special token that is BOS, EOS and padding at once."""
+    return tiny_gpt2()
+
+
+@pytest.fixture(scope="session")
+def llama_lm() -> CausalLM:
+    """A random Llama over "abc" whose tokenizer puts a BOS, distinct from EOS, before all text."""
+    return tiny_llama()
+
+
+def tiny_gpt2(dtype: torch.dtype | None = None) -> CausalLM:
+    tokenizer = letters("<end>", bos="<end>", eos="<end>", pad="<end>")
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=8,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.5,  # must have no influence
+        attn_pdrop=0.5,
+        embd_pdrop=0.5,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    model = randomised(GPT2LMHeadModel(config), scale=0.3, seed=0)
+    return CausalLM(model, tokenizer, max_new_tokens=4, dtype=dtype)
+
+
+def tiny_llama(dtype: torch.dtype | None = None) -> CausalLM:
+    tokenizer = letters("<s>", "</s>", bos="<s>", eos="</s>", add_bos=True)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=8,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    model = randomised(LlamaForCausalLM(config), scale=0.3, seed=3)
+    return CausalLM(model, tokenizer, max_new_tokens=3, dtype=dtype)
+
+
+def letters(
+    *special: str,
+    bos: str | None = None,
+    eos: str | None = None,
+    pad: str | None = None,
+    add_bos: bool = False,
+    add_eos: bool = False,
+) -> PreTrainedTokenizerFast:
+    """A tokenizer of the given special tokens, in that order, and the letters a, b and c."""
+    vocab = {token: i for i, token in enumerate([*special, "a", "b", "c"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    if add_bos or add_eos:
+        template = [bos] * add_bos + ["$A"] + [eos] * add_eos
+        added = {token for token in (bos, eos) if token in template}
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=" ".join(template), special_tokens=[(token, vocab[token]) for token in added]
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad
+    )
+
+
+def randomised(model: Any, *, scale: float, seed: int) -> Any:
+    """The model with normal weights, large enough that its probabilities are far from uniform."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+    return model
