@@ -57,7 +57,7 @@ def rates(texts: list[str]) -> str:
     return "\n".join(["| feature | base rate | 99 % interval |", "| --- | --- | --- |", *rows])
 
 
-def card(model: Path, package: Path, n_samples: int, seed: int) -> str:
+def card(model: Path, package: Path, n_samples: int, seed: int, note: str) -> str:
     """The model card as Markdown."""
     record = json.loads((model / "train.json").read_text())
     base = dmgen.CausalLM.from_pretrained(package)
@@ -78,9 +78,10 @@ network. It is far too small to know anything: names, dates and deeds are invent
 in https://github.com/sronen/pnlp-final-project; 41 more were held out for early stopping. See
 NOTICE for what the licence means for these weights.
 
-**Training.** `benchmarks/train_tiny_bios.py`, seed {record["seed"]}, {record["tokens"]:,} tokens in
-rows of at most {record["window"]}, AdamW at a peak of {record["learning_rate"]:g} with cosine decay,
-{record["seconds"] / 60:.0f} minutes on {record["hardware"]} (shared), torch {record["torch"]}. Loss
+**Training.** `benchmarks/train_tiny_bios.py`, seed {record["seed"]}, {record["tokens"]:,} tokens
+in rows of at most {record["window"]}, AdamW at a peak of {record["learning_rate"]:g} with cosine
+decay, {record["seconds"] / 60:.0f} minutes on {record["hardware"]} (shared), torch
+{record["torch"]}. {note}Loss
 {log["loss"].iloc[-1]:.3f} nats a token in training, **{record["valid_loss"]:.3f}** on the held-out
 biographies.
 
@@ -111,9 +112,10 @@ def main() -> None:
     )
     parser.add_argument("--n-samples", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--note", default="", help="what else is to be said of the training")
     args = parser.parse_args()
     install(args.model, args.package)
-    text = card(args.model, args.package, args.n_samples, args.seed)
+    text = card(args.model, args.package, args.n_samples, args.seed, args.note)
     (args.package / "README.md").write_text(text, encoding="utf-8")
     print(text)
 

@@ -34,9 +34,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 EOS = "<|endoftext|>"
-# A sentence ends at . ! or ?, before a blank and a capital or quote; not after an initial or a title.
+# A sentence ends at . ! or ?, before a blank and a capital or quote; not after an initial or title.
 SENTENCE_END = re.compile(
-    r"(?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<!\bNo)(?<!\bCo)[.!?][\"')\]]*\s+(?=[A-Z\"'])"
+    r"(?<!\b[A-Z])(?<!\bMr)(?<!\bMrs)(?<!\bDr)(?<!\bSt)(?<!\bvs)(?<!\bNo)(?<!\bCo)"
+    r"[.!?][\"')\]]*\s+(?=[A-Z\"'])"
 )
 
 
@@ -68,7 +69,7 @@ def train_tokenizer(paragraphs: list[str], vocab_size: int) -> PreTrainedTokeniz
 
 
 def make_rows(paragraphs: list[str], tokenizer: PreTrainedTokenizerFast, window: int) -> np.ndarray:
-    """All training rows, `(n_rows, window + 1)` int16; -1 marks what lies after the end of a text."""
+    """All training rows, `(n_rows, window + 1)` int16; -1 marks what lies after a text's end."""
     eos = tokenizer.eos_token_id
     starts, texts = [], []
     for paragraph in paragraphs:
@@ -163,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--corpus", type=Path, required=True, help="biographies.jsonl.gz (see above)")
+    parser.add_argument("--corpus", type=Path, required=True, help="biographies.jsonl.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=128)
@@ -174,7 +175,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak; cosine decay")
     parser.add_argument("--patience", type=int, default=5, help="valid checks without a gain")
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile: 1.2 x faster on a CPU")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the model")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -191,7 +192,8 @@ def main() -> None:
     n_params = sum(p.numel() for p in model.parameters())
     tokens_a_row = float((rows[:, 1:] >= 0).float().mean()) * args.window
     n_steps = int(args.tokens / (tokens_a_row * args.batch_size))
-    print(f"{len(rows):,} rows of {tokens_a_row:.1f} tokens, {n_params:,} parameters, {n_steps:,} steps")
+    print(f"{len(rows):,} rows of {tokens_a_row:.1f} tokens, {n_params:,} parameters")
+    print(f"{n_steps:,} steps")
 
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
     state = load_checkpoint(args.out, model, optimizer) or {
@@ -214,7 +216,7 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        running.append(float(total) / int(n))
+        running.append(float(total.detach()) / int(n))
         state["step"] += 1
         state["tokens"] += int(n)
         state["seconds"] = seconds_before + time.monotonic() - started

@@ -100,7 +100,8 @@ def write_json(path: Path, value: Any) -> None:
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Writes `config.yaml`, with the versions it ran under in a comment."""
     facts = "".join(f"# {name} {value}\n" for name, value in versions().items())
-    body = yaml.safe_dump(dict(config), sort_keys=False, allow_unicode=True)
+    # Escaped: YAML reads some characters, such as \x85, back as blanks.
+    body = yaml.safe_dump(dict(config), sort_keys=False)
     write_text(folder / "config.yaml", facts + body)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from dmgen import divergences, log_weights
 from dmgen.ebm import EBM
 from dmgen.factor import Constraint, constraint_mean
-from dmgen.models.base import LanguageModel, Samples
+from dmgen.models.base import LanguageModel, Samples, stream
 from dmgen.score import Score
 
 __all__ = ["MODELS", "Pool"]
@@ -51,11 +51,7 @@ class Pool:
     @classmethod
     def draw(cls, policy: LanguageModel, target: EBM, n: int, seed: int | None) -> Pool:
         """A pool of n fresh texts of each model."""
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+        generator = stream("evaluate", seed)
 
         def sample(model: LanguageModel) -> Samples:
             limit = target.max_new_tokens

@@ -19,8 +19,8 @@ from dmgen.ebm import EBM
 from dmgen.metrics.evaluate import evaluate
 from dmgen.models.base import Samples, stream
 from dmgen.samplers.config import TrainerConfig
-from dmgen.samplers.z_pool import ZPool
 from dmgen.samplers.objectives import advantage, inclusion_probabilities, systematic_sample
+from dmgen.samplers.z_pool import ZPool
 
 # A one-sided 95 % test: the policy must be closer to the target than the proposal is by this many
 # standard errors, on at least this effective number of texts.
@@ -316,7 +316,9 @@ class Trainer:
         if "proposal" in groups:
             self.proposal = self.policy.copy()
             self.proposal.load_state_dict(groups["proposal"])
-        self.average = groups.get("average")
+        if "average" in groups:
+            weights = self.policy.state_dict()
+            self.average = {k: v.to(weights[k]) for k, v in groups["average"].items()}
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in groups.get("optimizer", {}).items():
             i, key = name.split(".")

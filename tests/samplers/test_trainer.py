@@ -35,7 +35,9 @@ def exact_kl(target, policy):
     texts = target.base.enumerate()
     log_score = target.log_score(texts)
     log_p = log_score - log_score.logsumexp(0)
-    return float((log_p.exp() * (log_p - policy.log_prob(texts))).sum())
+    possible = log_p > -math.inf
+    terms = log_p.exp() * (log_p - policy.log_prob(texts))
+    return float(terms[possible].sum())
 
 
 def config(**settings):
@@ -48,7 +50,7 @@ def config(**settings):
 def test_training_reaches_the_target(method, settings, base, target):
     policy = base.copy()
     before = exact_kl(target, policy)
-    method(policy, target, config(schedule="linear", total_steps=120, **settings)).train(120)
+    method(policy, target, config(schedule="linear", total_steps=60, **settings)).train(60)
     # The least that a method must do; GDC++ does far better, and its noise vanishes at the target.
     assert exact_kl(target, policy) < before / 10
 
@@ -199,12 +201,12 @@ def test_a_step_without_hits_changes_nothing(base):
 
 
 def test_pointwise_target(base):
-    rare = dmgen.feature(lambda text: text == "cab", name="cab")
-    target = dmgen.EBM(base, [dmgen.Pointwise(rare)])
+    begins = dmgen.feature(lambda text: text.startswith("ca"), name="ca")
+    target = dmgen.EBM(base, [dmgen.Pointwise(begins)])
     policy = base.copy()
-    dmgen.GDCpp(policy, target, config(batch_size=512)).train(150)
-    share = target.values(policy.sample(2000, seed=1))["cab"].mean()
-    assert share > 0.8
+    dmgen.GDCpp(policy, target, config()).train(100)
+    assert exact_kl(target, base) > 3  # -log Z: one text in twenty or fewer
+    assert exact_kl(target, policy) < exact_kl(target, base) / 10
 
 
 def test_bad_arguments(base, target):

@@ -1,0 +1,58 @@
+"""The README is true: its blocks run, and its quick start is what `dmgen demo` does."""
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+import dmgen
+from dmgen.cli import DEMO
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+QUICK_START = BLOCKS[0]
+# The same code on fewer texts.
+SMALLER = {
+    "n_samples=10_240": "n_samples=400",
+    "batch_size=1024": "batch_size=32",
+    "backward_size=320": "backward_size=8",
+    f"n_steps={DEMO.n_steps}": "n_steps=2",
+    "n_samples=2048": "n_samples=64",
+}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
+def test_python_blocks_run(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for large, small in SMALLER.items():
+        block = block.replace(large, small)
+    exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_quick_start_is_the_demo():
+    for large in SMALLER:
+        assert large in QUICK_START
+    defaults = asdict(dmgen.TrainerConfig())
+    for name, value in asdict(DEMO.trainer).items():
+        if name == "checkpoint_every" or value == defaults[name]:
+            continue
+        shown = re.search(rf"\b{name}=([^,\s)]+)", QUICK_START)
+        assert shown, name
+        assert eval(shown[1]) == value, name
+    assert DEMO.fit.n_samples == 10_240
+    assert DEMO.evaluate.n_samples == 2048
+
+
+@pytest.mark.parametrize("name", ["run", "test"])
+def test_set_up_is_one_line_each(name):
+    found = re.search(rf"<!-- {name} -->\n```sh\n(.+)\n```\n", README)
+    assert found, f"the block after <!-- {name} -->"
+
+
+def test_the_map_names_every_file():
+    package = Path(dmgen.__file__).parent
+    for path in package.glob("*.py"):
+        assert path.name in README or path.stem == "__main__", path.name
+    for folder in ("features", "models", "metrics", "samplers"):
+        assert f"{folder}/" in README
