@@ -1,0 +1,102 @@
+"""Rebuild the tables of benchmarks/README.md from the result files beside it.
+
+    python benchmarks/write_readme.py                     # from benchmarks/results/*.json
+    python benchmarks/write_readme.py --demo runs/demo    # take over a run of `dmgen demo` first
+
+No number in that page is typed by hand: each table stands between two comments, and is replaced.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from lambda_fit import cpu_name
+from lambda_fit import table as lambda_table
+
+from dmgen import runs
+
+HERE = Path(__file__).parent
+
+
+def take_demo(run: Path) -> None:
+    """Keeps what a finished run of the demo measured in results/demo.json."""
+    final = [row for row in runs.read_rows(run / "evaluations.jsonl") if row.get("final")][-1]
+    steps = runs.read_rows(run / "metrics.jsonl")
+    result = {
+        "command": "dmgen demo",
+        "seeds": {"trainer": 0, "fit": 1, "evaluate": final["seed"]},
+        "hardware": {"cpus": os.cpu_count(), "cpu": cpu_name()},
+        "versions": runs.versions(),
+        "n_samples": final["n_samples"],
+        "n_steps": len(steps),
+        "samples": steps[-1]["samples"],
+        "training_seconds": steps[-1]["seconds"],
+        "rows": final["rows"],
+    }
+    runs.write_json(HERE / "results" / "demo.json", result)
+
+
+def demo_table(result: dict[str, Any]) -> str:
+    """The evaluation of the demo as Markdown."""
+    lines = [
+        f"`{result['command']}`, seeds {result['seeds']}, {result['hardware']['cpus']} cores "
+        f"({result['hardware']['cpu']}), torch {result['versions']['torch']}: {result['n_steps']} "
+        f"steps, {result['samples']:,} texts, {result['training_seconds']:.0f} s of training; "
+        f"evaluated on {result['n_samples']:,} fresh texts of each model.",
+        "",
+        "| metric | model | value | stderr | verdict |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["rows"]:
+        value, stderr = (
+            "" if row[key] is None else f"{row[key]:.4f}" for key in ("value", "stderr")
+        )
+        verdict = row.get("verdict") or ""
+        lines.append(f"| {row['metric']} | {row['model'] or ''} | {value} | {stderr} | {verdict} |")
+    return "\n".join(lines)
+
+
+def lambda_fit_table(result: dict[str, Any]) -> str:
+    """The λ-fit benchmark as Markdown."""
+    hardware = result["hardware"]
+    return (
+        f"`{result['command']}`, seed {result['seed']}, {hardware['cpus']} cores "
+        f"({hardware['cpu']}), threads {result['threads']}, numpy {result['versions']['numpy']}, "
+        f"scipy {result['versions']['scipy']}. Time, steps, largest error in standard "
+        f"deviations.\n\n{lambda_table(result['rows'])}"
+    )
+
+
+TABLES = {"demo": demo_table, "lambda_fit": lambda_fit_table}
+
+
+def rebuilt(page: str) -> str:
+    """The page with every table made anew from its result file."""
+    for name, make in TABLES.items():
+        result = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"benchmarks/README.md needs one {begin.strip()} ... {end.strip()}")
+        before, rest = page.split(begin)
+        page = before + begin + make(result) + end + rest.split(end)[1]
+    return page
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--demo", type=Path, help="a run folder of `dmgen demo` to take over")
+    args = parser.parse_args()
+    if args.demo is not None:
+        take_demo(args.demo)
+    page = HERE / "README.md"
+    page.write_text(rebuilt(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
