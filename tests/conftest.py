@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -22,6 +24,23 @@ from dmgen.models import CausalLM, TabularLM
 def world() -> TabularLM:
     """Texts over "abc" of at most 4 tokens that end with ".", far from uniform."""
     return TabularLM.random("abc.", 4, eos=".", scale=1.0, seed=0)
+
+
+def as_table(world: TabularLM, log_prob: torch.Tensor) -> TabularLM:
+    """The model that gives every text of `world`, in their order, this log-probability."""
+    every = world.enumerate()
+    # Each token of each text adds the text's probability to the row of its prefix.
+    cells = (world._prefix_rows(every.tokens)[every.mask], every.tokens[every.mask])
+    p = log_prob.exp()[:, None].expand(every.mask.shape)[every.mask]
+    mass = torch.zeros_like(world.logits).index_put_(cells, p, accumulate=True)
+    logits = torch.where(mass.sum(-1, keepdim=True) > 0, mass.log(), 0.0)
+    return TabularLM(world.vocab, logits, world.max_new_tokens, eos=world.eos)
+
+
+@pytest.fixture
+def as_tabular(world: TabularLM) -> Callable[[torch.Tensor], TabularLM]:
+    """`as_table` for the fixture `world`."""
+    return partial(as_table, world)
 
 
 @pytest.fixture

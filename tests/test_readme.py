@@ -30,6 +30,15 @@ def test_python_blocks_run(block, tmp_path, monkeypatch):
     exec(compile(block, "README.md", "exec"), {})
 
 
+def test_what_is_said_to_be_printed_is_printed(capsys):
+    (block, printed), *others = re.findall(
+        r"```python\n((?:(?!```).)*?)```\n\n```text\n(.*?)```", README, flags=re.DOTALL
+    )
+    assert not others
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out == printed
+
+
 def test_the_quick_start_is_the_demo():
     for large in SMALLER:
         assert large in QUICK_START

@@ -27,22 +27,6 @@ def policy():
     return TabularLM.random("abc.", 4, eos=".", seed=8, scale=0.7)
 
 
-@pytest.fixture
-def as_tabular(world):
-    """A function from log-probabilities of every text of `world` to the model with that law."""
-    every = world.enumerate()
-    # Each token of each text adds the text's probability to the row of its prefix.
-    cells = (world._prefix_rows(every.tokens)[every.mask], every.tokens[every.mask])
-
-    def build(log_prob):
-        p = log_prob.exp()[:, None].expand(every.mask.shape)[every.mask]
-        mass = torch.zeros_like(world.logits).index_put_(cells, p, accumulate=True)
-        logits = torch.where(mass.sum(-1, keepdim=True) > 0, mass.log(), 0.0)
-        return TabularLM(world.vocab, logits, world.max_new_tokens, eos=world.eos)
-
-    return build
-
-
 TARGETS = {
     "soft": ([Moment(HAS_A, 0.5), Moment(LENGTH, 2.0)], [1.5, 0.3]),
     "hard": ([Pointwise(HAS_A)], None),

@@ -31,22 +31,6 @@ def policy():
     return TabularLM.random("abc.", 4, eos=".", seed=8, scale=0.7)
 
 
-@pytest.fixture
-def as_tabular(world):
-    """A function from log-probabilities of every text of `world` to the model with that law."""
-    every = world.enumerate()
-    # Each token of each text adds the text's probability to the row of its prefix.
-    cells = (world._prefix_rows(every.tokens)[every.mask], every.tokens[every.mask])
-
-    def build(log_prob):
-        p = log_prob.exp()[:, None].expand(every.mask.shape)[every.mask]
-        mass = torch.zeros_like(world.logits).index_put_(cells, p, accumulate=True)
-        logits = torch.where(mass.sum(-1, keepdim=True) > 0, mass.log(), 0.0)
-        return TabularLM(world.vocab, logits, world.max_new_tokens, eos=world.eos)
-
-    return build
-
-
 def test_the_error_of_the_excess_knows_what_its_terms_share(world, as_tabular):
     """Near the target both terms go up and down together, on the very same texts."""
     target = EBM(world, [Moment(HAS_A, 0.5)], [3.0])

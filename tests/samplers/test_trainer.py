@@ -12,6 +12,7 @@ import time
 import pandas as pd
 import pytest
 import torch
+from conftest import as_table
 
 import dmgen
 from dmgen.samplers.trainer import Trainer
@@ -57,18 +58,8 @@ def test_training_reaches_the_target(method, settings, base, target):
 
 def test_gdcpp_has_no_noise_left_at_the_target(base, target):
     """With π = p = q the advantage is 0 for every text: nothing moves, however large the step."""
-    texts = base.enumerate()
-    log_score = target.log_score(texts)
-    p = (log_score - log_score.logsumexp(0)).exp()
-    # p as a table: the mass of all texts that pass through each (prefix, token).
-    policy = base.copy()
-    mass = torch.zeros_like(policy.logits)
-    rows = policy._prefix_rows(texts.tokens)
-    for t in range(texts.tokens.shape[1]):
-        alive = texts.mask[:, t]
-        index = (rows[alive, t], texts.tokens[alive, t])
-        mass.index_put_(index, p[alive], accumulate=True)
-    policy.logits.data = mass.clamp(min=1e-300).log()
+    log_score = target.log_score(base.enumerate())
+    policy = as_table(base, log_score - log_score.logsumexp(0)).copy()
     assert exact_kl(target, policy) == pytest.approx(0, abs=1e-12)
     sampler = dmgen.GDCpp(policy, target, config(proposal_rule="policy", warmup_steps=0))
     # Z must be exact for this, and the pool that the fit left behind is not.
