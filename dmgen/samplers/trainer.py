@@ -85,8 +85,8 @@ class Trainer:
 
         Raises:
             ValueError: `out` holds another run.
-            FloatingPointError: a gradient or a weight is not finite; names the term. The last
-                checkpoint is untouched.
+            FloatingPointError: a gradient is not finite; names the step. The policy and the last
+                checkpoint are untouched.
         """
         folder = None if out is None else Path(out)
         if folder is not None:
@@ -115,7 +115,8 @@ class Trainer:
     def _step(self) -> dict[str, Any]:
         """One step: draw, weigh, backward, update, test the proposal; a row of metrics."""
         started = time.monotonic()
-        samples, base_log_prob = self._draw()
+        from_fit = self._takes_from_fit()
+        samples, base_log_prob = self._draw(from_fit)
         # log q is what was recorded while drawing; it is never computed again.
         log_proposal = samples.log_prob
         log_score = self.target.log_score(samples, base_log_prob=base_log_prob)
@@ -123,8 +124,9 @@ class Trainer:
         # The batch's own weights would bias its gradient, so it counts for Z from the next step
         # on, unless nothing else is known.
         z = self.z if self.z.n_hits else self.z.add(log_w)
-        self.z = self.z.add(log_w)
-        log_policy = self._known_log_policy(samples, from_fit=base_log_prob is log_proposal)
+        if not from_fit:  # the pool began with the texts of the fit: they are counted already
+            self.z = self.z.add(log_w)
+        log_policy = self._known_log_policy(samples, from_fit)
         if z.n_hits:
             log_policy, a = self._backward(samples, log_score, log_policy, z.log_z)
             self._update()
@@ -137,12 +139,16 @@ class Trainer:
         self.seconds += time.monotonic() - started
         return self._row(samples, log_score, log_policy, a, moved)
 
-    def _draw(self) -> tuple[Samples, Tensor | None]:
+    def _takes_from_fit(self) -> bool:
+        """Whether this step's texts are some of those that λ was fitted on."""
+        given, end = self.target.fit_samples, (self.step + 1) * self.config.batch_size
+        return self.config.first_batches_from_fit and given is not None and end <= len(given)
+
+    def _draw(self, from_fit: bool) -> tuple[Samples, Tensor | None]:
         """The texts of this step, and their log-probability under the base where it is known."""
         size, given = self.config.batch_size, self.target.fit_samples
-        start = self.step * size
-        if self.config.first_batches_from_fit and given is not None and start + size <= len(given):
-            samples = given[start : start + size]
+        if from_fit and given is not None:
+            samples = given[self.step * size : (self.step + 1) * size]
             return samples, samples.log_prob
         samples = self.proposal.sample(
             size,
@@ -152,7 +158,7 @@ class Trainer:
         )
         return samples, samples.log_prob if self.proposal is self.target.base else None
 
-    def _known_log_policy(self, samples: Samples, *, from_fit: bool) -> Tensor | None:
+    def _known_log_policy(self, samples: Samples, from_fit: bool) -> Tensor | None:
         """log π of each text if it is recorded or needed early; None leaves it to `_backward`."""
         if self.proposal is self.policy and not from_fit:
             return samples.log_prob

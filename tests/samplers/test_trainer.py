@@ -72,7 +72,7 @@ def test_gdcpp_has_no_noise_left_at_the_target(base, target):
 
 
 def gradients(sampler, samples, log_score, log_z):
-    known = sampler._known_log_policy(samples, from_fit=False)
+    known = sampler._known_log_policy(samples, False)
     sampler._backward(samples, log_score, known, log_z)
     return torch.cat([p.grad.flatten() for p in sampler.policy.parameters()])
 
@@ -177,6 +177,8 @@ def test_fit_samples_serve_as_first_batches(base, target):
     policy.sample = lambda *a, **k: calls.append(1) or draw(*a, **k)
     sampler = Counting(policy, target, config(batch_size=1500, first_batches_from_fit=True))
     sampler.train(4)
+    # Two batches came from the fit, whose texts the pool of Z holds from the start.
+    assert sampler.z.n == 4000 + 2 * 1500
     assert len(calls) == 2  # 4,000 texts were drawn for the fit: two whole batches
     assert exact_kl(target, policy) < exact_kl(target, base)
 
