@@ -10,7 +10,7 @@ from dmgen.models.causal import CausalLM
 from dmgen.models.tabular import TabularLM
 from dmgen.moments import MomentFit, MomentsUnreachable
 from dmgen.samplers.config import TrainerConfig
-from dmgen.samplers.policy_gradient import DPG, GDC, GDCpp
+from dmgen.samplers.policy_gradient import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
 from dmgen.score import Score
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "DPG",
     "EBM",
+    "FDPG",
     "GDC",
     "CausalLM",
     "Evaluation",
@@ -29,10 +30,13 @@ __all__ = [
     "MomentFit",
     "MomentsUnreachable",
     "Pointwise",
+    "Reinforce",
+    "ReinforceP",
     "Samples",
     "Score",
     "TabularLM",
     "TrainerConfig",
+    "VarGrad",
     "__version__",
     "distinct_n",
     "evaluate",

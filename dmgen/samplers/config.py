@@ -10,6 +10,7 @@ from typing import Any
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 PROPOSAL_RULES = ("policy", "kl", "tv", "never")
+BASELINES = ("none", "z", "leave_one_out", "optimal")
 # Annotations of the settings, as written, and what they accept.
 _TYPES = {"int": Integral, "float": Real, "str": str, "bool": bool, "None": type(None)}
 
@@ -26,7 +27,9 @@ class TrainerConfig:
             proportional to |advantage| and weighted by its inverse, which leaves the expected
             gradient as it is; None uses all. Most texts carry little of the gradient when a
             constraint is rare.
-        learning_rate: peak step size.
+        learning_rate: peak step size; "auto" follows the KL divergence that each step is measured
+            to make, see `step_kl`.
+        step_kl: with learning_rate "auto", the KL(π before‖π after) that a step may make, nats.
         warmup_steps: linear warmup from 0. Adam's first steps have the size of the learning rate
             whatever the gradient is, so they need one.
         schedule: "constant", "linear" or "cosine" decay to 0 at `total_steps`.
@@ -36,6 +39,12 @@ class TrainerConfig:
         average_decay: keep an exponential average of the weights with this decay a step, and put
             it into the policy when `train` ends; None keeps the last weights. An average spends
             less of the KL budget on gradient noise.
+        baseline: what the advantage subtracts, times π/q: None is the method's own, and
+            `objectives.advantage` lists the others.
+        reuse: gradient steps on each batch; the weights of those after the first are corrected for
+            the policy that has moved.
+        base_share: share of each batch that is drawn from the base whatever the proposal is. The
+            weights of the mixture are bounded by 1/base_share times those of the base.
         proposal_every: steps between tests of the proposal.
         proposal_rule: None is the method's own. "policy" draws from the policy itself; "kl" and
             "tv" from a frozen copy that is replaced when the policy is measurably closer to the
@@ -44,6 +53,8 @@ class TrainerConfig:
             drawn, scored and looked at already.
         checkpoint_every: steps between checkpoints; None: only where `train` ends.
         evaluate_every: steps between evaluations on fresh samples; None: never.
+        diagnose_every: steps between measurements of the gradient's variance
+            (`diagnostics.gradient_variance`), which cost about a step each; None: never.
         seed: of every draw of the run.
 
     Raises:
@@ -55,18 +66,23 @@ class TrainerConfig:
     batch_size: int = 512
     micro_batch_size: int | None = None
     backward_size: int | None = None
-    learning_rate: float = 1.41e-5
+    learning_rate: float | str = 1.41e-5
+    step_kl: float = 0.01
     warmup_steps: int = 100
     schedule: str = "constant"
     total_steps: int | None = None
     optimizer: str = "adam"
     max_grad_norm: float | None = None
     average_decay: float | None = None
+    baseline: str | None = None
+    reuse: int = 1
+    base_share: float = 0.0
     proposal_every: int = 10
     proposal_rule: str | None = None
     first_batches_from_fit: bool = False
     checkpoint_every: int | None = None
     evaluate_every: int | None = None
+    diagnose_every: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -77,27 +93,42 @@ class TrainerConfig:
             "micro_batch_size",
             "backward_size",
             "total_steps",
+            "reuse",
             "proposal_every",
             "checkpoint_every",
             "evaluate_every",
+            "diagnose_every",
         ):
             value = getattr(self, name)
             _need(value is None or value >= 1, f"{name} must be at least 1, got {value}")
         _need(self.warmup_steps >= 0, f"warmup_steps must be at least 0, got {self.warmup_steps}")
+        rate = self.learning_rate
+        if isinstance(rate, str) and rate != "auto":
+            raise TypeError(f'learning_rate must be float or "auto", got {rate!r}')
         _need(
-            self.learning_rate > 0 and math.isfinite(self.learning_rate),
-            f"learning_rate must be positive and finite, got {self.learning_rate}",
+            isinstance(rate, str) or (rate > 0 and math.isfinite(rate)),
+            f"learning_rate must be positive and finite, got {rate}",
         )
+        _need(
+            self.step_kl > 0 and math.isfinite(self.step_kl),
+            f"step_kl must be positive and finite, got {self.step_kl}",
+        )
+        _need(0 <= self.base_share < 1, f"base_share must lie in [0, 1), got {self.base_share}")
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
             ("proposal_rule", (None, *PROPOSAL_RULES)),
+            ("baseline", (None, *BASELINES)),
         ):
             value = getattr(self, name)
             _need(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
         _need(
             self.schedule == "constant" or self.total_steps is not None,
             f"schedule {self.schedule!r} decays to 0 at total_steps: set total_steps",
+        )
+        _need(
+            self.baseline not in ("leave_one_out", "optimal") or self.batch_size > 1,
+            f"baseline {self.baseline!r} needs a batch of at least 2 texts",
         )
         _need(
             self.average_decay is None or 0 < self.average_decay < 1,
@@ -108,13 +139,13 @@ class TrainerConfig:
             f"max_grad_norm must be None or positive, got {self.max_grad_norm}",
         )
 
-    def rate_at(self, step: int) -> float:
-        """The learning rate of the step after `step` steps."""
-        rate = self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
+    def share_at(self, step: int) -> float:
+        """The share of the peak learning rate that the step after `step` steps takes."""
+        share = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.schedule == "constant" or self.total_steps is None:
-            return rate
+            return share
         left = max(0.0, 1 - step / self.total_steps)
-        return rate * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+        return share * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
 def _check_type(name: str, wanted: str, value: Any) -> None:

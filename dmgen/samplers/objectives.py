@@ -13,7 +13,9 @@ from torch import Tensor
 
 from dmgen.divergences import f_divergence
 
-METHODS = ("dpg", "gdc", "gdc++", "fdpg", "reinforce")
+METHODS = ("dpg", "gdc", "gdc++", "fdpg", "reinforce", "vargrad")
+# Baselines that look at the other texts of the batch.
+_OF_THE_BATCH = ("leave_one_out", "optimal")
 
 
 def advantage(
@@ -25,54 +27,73 @@ def advantage(
     *,
     reward: Tensor | None = None,
     divergence: str | tuple[str, float] | None = None,
+    baseline: str | None = None,
 ) -> Tensor:
-    """The advantage A of each text in `∇ = E_q[A ∇log π]`, the direction of ascent.
+    """The advantage A = G − κ π/q of each text in `∇ = E_q[A ∇log π]`, the direction of ascent.
 
-    | method | A |
+    | method | G | κ |
+    | --- | --- | --- |
+    | "dpg", "gdc" | P/(Zq) | 0 |
+    | "gdc++" | P/(Zq) | 1: A is 0 for every text when π = p |
+    | "fdpg" | −(π/q) f'(π/p), for `divergence` | −f'(1), likewise |
+    | "reinforce" | (π/q) · reward | 0 |
+    | "vargrad" | log P/π less its mean over the other texts | 0 |
+
+    Any κ that does not depend on the text leaves the expected gradient as it is, since
+    `E_q[(π/q) ∇log π] = 0`. `baseline` chooses another than the method's own:
+
+    | baseline | κ |
     | --- | --- |
-    | "dpg", "gdc" | P/(Zq) |
-    | "gdc++" | P/(Zq) − π/q: 0 for every text when π = p |
-    | "fdpg" | −(π/q)(f'(π/p) − f'(1)), for `divergence` |
-    | "reinforce" | (π/q) · reward |
+    | "none" | 0 |
+    | "z" | the value at which A is 0 when π = p; not for "reinforce", which has no such target |
+    | "leave_one_out" | the mean of G over the other texts |
+    | "optimal" | ΣGu / Σu², u = π/q, over the half of the batch without the text: least variance |
+
+    "vargrad" descends the variance of log P/π under q, `½ Var_q[log P − log π]`, which needs no Z.
+    On-policy that is the gradient of KL(π‖p); it is a sum of its own kind and takes no baseline.
 
     Args:
         method: one of the above.
-        log_score: log P, `(N,)`, nats, unnormalised; `-inf` is legal.
+        log_score: log P, `(N,)`, nats, unnormalised; `-inf` is legal but for "vargrad".
         log_proposal: log q of the law the texts were drawn from, `(N,)`.
         log_policy: log π, `(N,)`, detached: π inside the advantage is not differentiated.
         log_z: log Z, a number or `(N,)`.
         reward: `(N,)`, for "reinforce".
         divergence: as in `f_divergence`, for "fdpg".
+        baseline: one of the above; None is the method's own.
 
     Returns:
         float64 `(N,)`.
 
     Raises:
-        ValueError: unknown method; its reward or divergence is missing; a divergence that is
-            infinite where P = 0, for texts with P = 0.
+        ValueError: unknown method or baseline, or one that does not go with the method; its reward
+            or divergence is missing; a divergence that is infinite where P = 0, for texts with
+            P = 0.
         FloatingPointError: an advantage is not finite; names the text and its log-probabilities.
 
-    Source: Korbak et al. 2022, eq. 12 and Algorithm 1; Go et al. 2023, Theorem 1.
+    Source: Korbak et al. 2022, eq. 12 and Algorithm 1; Go et al. 2023, Theorem 1; Richter et al.
+    2020 (VarGrad).
     Differs from the paper: both terms are divided by Z, so the scale of a step does not depend on
     how rare the constraint is.
     """
+    check_method(method, baseline, divergence)
     # log p first: then the two terms of GDC++ are equal to the last bit where π = p.
     log_target = log_score.double() - log_z
     ratio = torch.exp(log_policy.double() - log_proposal)
-    if method in ("dpg", "gdc"):
-        result = torch.exp(log_target - log_proposal)
-    elif method == "gdc++":
-        result = torch.exp(log_target - log_proposal) - ratio
-    elif method == "fdpg":
-        if divergence is None:
-            raise ValueError('method "fdpg" needs divergence=, e.g. "js"')
-        result = _f_advantage(divergence, log_target, log_proposal, log_policy.double())
-    elif method == "reinforce":
+    own = 0.0
+    if method == "reinforce":
         if reward is None:
             raise ValueError('method "reinforce" needs reward=, one number a text')
-        result = ratio * reward
+        gain = ratio * reward
+    elif method == "vargrad":
+        gain = _centred(log_score, log_policy)
+    elif method == "fdpg" and divergence not in (None, "kl", ("alpha", 1.0)):
+        gain, own = _f_gain(divergence, log_target, log_policy.double(), ratio)
     else:
-        raise ValueError(f"unknown method {method!r}; it must be one of {METHODS}")
+        # The KL divergence of "fdpg" too: p/π cannot overflow here while π/q is small.
+        gain = torch.exp(log_target - log_proposal)
+        own = 1.0 if method in ("gdc++", "fdpg") else 0.0
+    result = gain - _kappa(baseline, gain, ratio, own, method) * ratio
     finite = result.isfinite()
     if not bool(finite.all()):
         i = int((~finite).nonzero()[0])
@@ -83,18 +104,72 @@ def advantage(
     return result
 
 
-def _f_advantage(
-    divergence: str | tuple[str, float],
+def check_method(
+    method: str, baseline: str | None, divergence: str | tuple[str, float] | None
+) -> None:
+    """Refuses a method without its divergence, and a baseline that does not go with it.
+
+    Raises:
+        ValueError: see above.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; it must be one of {METHODS}")
+    if method == "fdpg" and divergence is None:
+        raise ValueError('method "fdpg" needs divergence=, e.g. "js"')
+    allowed = {"reinforce": ("none", *_OF_THE_BATCH), "vargrad": ("none",)}.get(
+        method, ("none", "z", *_OF_THE_BATCH)
+    )
+    if baseline is not None and baseline not in allowed:
+        raise ValueError(f"baseline of {method!r} must be None or one of {allowed}: {baseline!r}")
+
+
+def needs_whole_batch(method: str, baseline: str | None) -> bool:
+    """Whether the advantage of a text depends on the other texts of its batch."""
+    return method == "vargrad" or baseline in _OF_THE_BATCH
+
+
+def _kappa(
+    baseline: str | None, gain: Tensor, ratio: Tensor, own: float, method: str
+) -> float | Tensor:
+    """κ, a number or `(N,)`, independent of the text it belongs to."""
+    if baseline is None:
+        return own
+    if baseline == "none":
+        return 0.0
+    if baseline == "z":
+        return 1.0 if method in ("dpg", "gdc", "gdc++") else own
+    if baseline == "leave_one_out":
+        return (gain.sum() - gain) / max(len(gain) - 1, 1)
+    even = torch.arange(len(gain)) % 2 == 0
+    of_odd, of_even = (
+        (gain[half] * ratio[half]).sum() / ratio[half].square().sum() for half in (~even, even)
+    )
+    return torch.where(even, of_odd, of_even)
+
+
+def _centred(log_score: Tensor, log_policy: Tensor) -> Tensor:
+    """log P/π less its mean over the other texts, `(N,)`."""
+    impossible = int((log_score == -math.inf).sum())
+    if impossible:
+        raise ValueError(
+            f"vargrad is infinite where P = 0, as for {impossible} of {len(log_score)} texts: take "
+            "GDCpp, or moments instead of hard constraints"
+        )
+    terms = log_score.double() - log_policy
+    n = len(terms)
+    return (terms - terms.mean()) * (n / max(n - 1, 1))
+
+
+def _f_gain(
+    divergence: str | tuple[str, float] | None,
     log_target: Tensor,
-    log_proposal: Tensor,
     log_policy: Tensor,
-) -> Tensor:
-    """−(π/q)(f'(π/p) − f'(1)), `(N,)`."""
+    ratio: Tensor,
+) -> tuple[Tensor, float]:
+    """−(π/q) f'(π/p), `(N,)`, and −f'(1)."""
+    if divergence is None:
+        raise ValueError('method "fdpg" needs divergence=, e.g. "js"')
     f = f_divergence(divergence)
-    ratio = torch.exp(log_policy - log_proposal)
-    if divergence == "kl" or divergence == ("alpha", 1.0):
-        # The same in a form in which p/π cannot overflow while π/q is small.
-        return torch.exp(log_target - log_proposal) - ratio
     impossible = log_target == -math.inf
     if math.isinf(f.f_prime_at_infinity) and bool(impossible.any()):
         raise ValueError(
@@ -102,45 +177,4 @@ def _f_advantage(
             f'{len(impossible)} texts: take "js", "tv" or "kl", or moments instead of hard '
             "constraints"
         )
-    return ratio * (f.pseudo_reward(log_policy - log_target) + f.f_prime_at_one)
-
-
-def inclusion_probabilities(advantage: Tensor, n: int) -> Tensor:
-    """Probabilities to be kept, `(N,)`, proportional to |advantage|, capped at 1, that sum to `n`.
-
-    A sum over all texts is estimated without bias by the kept ones, each divided by its
-    probability (Horvitz and Thompson 1952); texts of advantage 0 are never kept and never missed.
-    If no more than `n` texts have an advantage other than 0, all of those are kept, with
-    probability 1.
-
-    Args:
-        advantage: `(N,)`, finite.
-        n: texts to keep, at least 1.
-    """
-    size = advantage.abs().double()
-    if int((size > 0).sum()) <= n:
-        return (size > 0).double()
-    certain = torch.zeros_like(size, dtype=torch.bool)
-    # Capping one text at 1 leaves more for the others, which can cap another: at most N rounds.
-    while True:
-        rest = torch.where(certain, 0.0, size)
-        keep = rest * ((n - int(certain.sum())) / rest.sum())
-        capped = ~certain & (keep >= 1)
-        if not bool(capped.any()):
-            return torch.where(certain, 1.0, keep)
-        certain |= capped
-
-
-def systematic_sample(probabilities: Tensor, u: float) -> Tensor:
-    """Positions kept when each is kept with its probability, long, ascending.
-
-    Systematic sampling: one uniform `u` in [0, 1) places a grid of step 1 on the cumulative sum, so
-    the number kept is the sum of the probabilities, rounded up or down.
-
-    Args:
-        probabilities: `(N,)`, between 0 and 1.
-        u: uniform in [0, 1).
-    """
-    edges = torch.cat([torch.zeros(1, dtype=torch.float64), probabilities.double().cumsum(0)])
-    hits = torch.ceil(edges - u)
-    return (hits[1:] > hits[:-1]).nonzero().squeeze(-1)
+    return ratio * f.pseudo_reward(log_policy - log_target), -f.f_prime_at_one

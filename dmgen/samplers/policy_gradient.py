@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmgen import factor
+from dmgen.divergences import f_divergence
+from dmgen.ebm import EBM
+from dmgen.samplers.config import TrainerConfig
 from dmgen.samplers.trainer import Trainer
 
 
 class DPG(Trainer):
-    """Distributional policy gradient, on-policy: A = P/(Zπ). Parshakova et al. 2019."""
+    """Distributional policy gradient, on-policy: A = P/(Zπ). Parshakova et al. 2019.
+
+    With `proposal_rule="never"` it draws from the base throughout.
+    """
 
     method = "dpg"
     default_proposal_rule = "policy"
@@ -24,3 +37,82 @@ class GDCpp(Trainer):
 
     method = "gdc++"
     default_proposal_rule = "kl"
+
+
+class FDPG(Trainer):
+    """Descends any f-divergence of π and p, on-policy: A = −(f'(π/p) − f'(1)). Go et al. 2023.
+
+    Args:
+        policy, target, config, proposal: as in `Trainer`.
+        divergence: a name or ("alpha", a) as in `divergences.f_divergence`. Those that are infinite
+            where P = 0 cannot learn hard constraints.
+
+    Raises:
+        ValueError: an unknown divergence; otherwise as `Trainer`.
+    """
+
+    method = "fdpg"
+    default_proposal_rule = "policy"
+
+    def __init__(
+        self,
+        policy: Any,
+        target: EBM,
+        config: TrainerConfig | None = None,
+        *,
+        proposal: Any = None,
+        divergence: str | tuple[str, float] = "js",
+    ) -> None:
+        f_divergence(divergence)
+        self.divergence = divergence
+        super().__init__(policy, target, config, proposal=proposal)
+
+
+class VarGrad(Trainer):
+    """Descends the variance of log P − log π over a batch, which needs no Z. Richter et al. 2020.
+
+    On-policy, that is the gradient of KL(π‖p), as with trajectory balance at the best log Z. It is
+    infinite where P = 0, so it cannot learn hard constraints.
+    """
+
+    method = "vargrad"
+    default_proposal_rule = "policy"
+
+
+class Reinforce(Trainer):
+    """Maximises the reward b(x) + λ·φ(x), on-policy, whatever the language loses. Williams 1992.
+
+    b(x) is 1 where all hard constraints hold, else 0, and is left out where there are none; for
+    moments alone the reward is λ·φ. It does not match the target, and is here to compare with.
+    """
+
+    method = "reinforce"
+    default_proposal_rule = "policy"
+
+    def reward(self, values: dict[str, Tensor], log_score: Tensor) -> Tensor:
+        """b(x) + λ·φ(x) of each text, `(N,)`."""
+        constraints, lambdas = self.target.constraints, self.target.lambdas
+        soft = factor.soft_moments(constraints, lambdas)
+        finite = lambdas[lambdas.isfinite()]
+        total = factor.statistics(soft, values) @ finite
+        if len(soft) == len(constraints):
+            return total
+        return total + (self.target.log_factor(values) > -math.inf).double()
+
+
+class ReinforceP(Trainer):
+    """Maximises the reward P(x), on-policy: it ends on the likeliest texts. Korbak et al. 2022.
+
+    The reward is measured in units of the geometric mean of P over the possible texts of the first
+    batch that has any: a constant, which only keeps the numbers in range.
+    """
+
+    method = "reinforce"
+    default_proposal_rule = "policy"
+
+    def reward(self, values: dict[str, Tensor], log_score: Tensor) -> Tensor:
+        """P(x) of each text up to the constant, `(N,)`."""
+        possible = log_score[log_score > -math.inf]
+        if math.isnan(self.log_unit) and len(possible):
+            self.log_unit = float(possible.mean())
+        return torch.exp(log_score - self.log_unit)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,20 +16,28 @@ from dmgen import divergences, log_weights, runs
 from dmgen.ebm import EBM
 from dmgen.metrics.evaluate import evaluate
 from dmgen.models.base import Samples, stream
+from dmgen.samplers import checkpoint
 from dmgen.samplers.config import TrainerConfig
-from dmgen.samplers.objectives import advantage, inclusion_probabilities, systematic_sample
+from dmgen.samplers.diagnostics import gradient_variance
+from dmgen.samplers.health import Health
+from dmgen.samplers.objectives import advantage, check_method, needs_whole_batch
+from dmgen.samplers.processes import Processes
+from dmgen.samplers.proposal import draw_mixture, draw_rows, is_closer
+from dmgen.samplers.subset import inclusion_probabilities, systematic_sample
 from dmgen.samplers.z_pool import ZPool
 
-# A one-sided 95 % test: the policy must be closer to the target than the proposal is by this many
-# standard errors, on at least this effective number of texts.
-_CLOSER = 1.645
-_MIN_ESS = 20.0
 # Texts in one forward and backward pass unless the user says otherwise.
 _MICRO_BATCH = 64
+# learning_rate "auto": where it begins, how far it may move in a step, and on how many texts the
+# KL of a step is measured.
+_FIRST_RATE, _SLOWEST, _FASTEST, _N_MEASURED = 1e-5, 0.5, 1.3, 128
 
 
 class Trainer:
     """Fits `policy` to `target` by `∇ = E_q[A ∇log π]`; the methods differ in A and in q.
+
+    Under `accelerate launch` every process makes the same trainer; each draws and differentiates
+    its share of a batch, and all take the same step.
 
     Args:
         policy: the model to train, usually `base.copy()`; it is changed in place.
@@ -41,11 +47,13 @@ class Trainer:
             the policy itself.
 
     Raises:
-        ValueError: the policy has nothing to train, or is the target's own base.
+        ValueError: the policy has nothing to train, or is the target's own base; a setting does
+            not go with the method or the number of processes.
     """
 
     method: ClassVar[str]
     default_proposal_rule: ClassVar[str]
+    divergence: str | tuple[str, float] | None = None
 
     def __init__(
         self,
@@ -57,24 +65,34 @@ class Trainer:
     ) -> None:
         self.policy, self.target = policy, target
         self.config = config = config or TrainerConfig()
+        check_method(self.method, config.baseline, self.divergence)
         self.proposal_rule = config.proposal_rule or self.default_proposal_rule
-        trainable = [p for p in policy.parameters() if p.requires_grad]
-        if not trainable or policy is target.base:
+        self.parameters = [p for p in policy.parameters() if p.requires_grad]
+        if not self.parameters or policy is target.base:
             raise ValueError("the policy has no trainable weights: use policy = base.copy()")
         if self.proposal_rule == "policy" and proposal is not None:
             raise ValueError('proposal_rule "policy" draws from the policy: give no proposal')
         self.proposal: Any = proposal or (policy if self.proposal_rule == "policy" else target.base)
-        self.optimizer = _optimizer(config, trainable)
+        self.processes = Processes.here()
+        self.rows = self.processes.rows(config.batch_size)
+        self.optimizer = _optimizer(config, self.parameters)
         self.generator = stream("train", config.seed)
         self.step = 0
         self.n_drawn = 0
         self.seconds = 0.0
-        self.z = ZPool.from_score(target.log_z)
+        # The unit that `ReinforceP` measures its reward in, nats, once it is known.
+        self.log_unit = math.nan
+        # With learning_rate "auto", the peak step size by now.
+        self.rate = _FIRST_RATE if config.learning_rate == "auto" else float(config.learning_rate)
+        self.z = self.z_before = ZPool.from_score(target.log_z)
+        # Of the texts since Z was last compared with what was known before.
+        self.z_round = ZPool()
         self.average: dict[str, Tensor] | None = None
         self._last: dict[str, Tensor] | None = None
         # (log-weights, log π − log q) of the texts drawn since the proposal was last replaced.
-        self._since_change: list[Tensor] = []
+        self.since_change: list[Tensor] = []
         self.history: list[dict[str, Any]] = []
+        self.health = Health(config.batch_size)
 
     def train(self, n_steps: int, out: str | Path | None = None) -> pd.DataFrame:
         """Takes `n_steps` more steps and returns the history of all so far, a row a step.
@@ -85,16 +103,17 @@ class Trainer:
 
         Raises:
             ValueError: `out` holds another run.
-            FloatingPointError: a gradient is not finite; names the step. The policy and the last
-                checkpoint are untouched.
+            FloatingPointError: an advantage or a gradient is not finite; names the text and its
+                terms, or the step. The policy and the last checkpoint are untouched.
         """
-        folder = None if out is None else Path(out)
+        folder = None if out is None or not self.processes.is_main else Path(out)
         if folder is not None:
             runs.open_run(folder, expected_step=self.step)
         if self._last is not None:
             self.policy.load_state_dict(self._last)
             self._last = None
-        bar = tqdm(total=n_steps, desc=type(self).__name__, unit="step", disable=None)
+        hidden = None if self.processes.is_main else True
+        bar = tqdm(total=n_steps, desc=type(self).__name__, unit="step", disable=hidden)
         try:
             for _ in range(n_steps):
                 row = self._step()
@@ -106,106 +125,169 @@ class Trainer:
         finally:
             bar.close()
         if folder is not None:
-            self.save_checkpoint(folder)
+            checkpoint.save(self, folder)
+        self.processes.wait()
         if self.average is not None:
             self._last = {k: v.clone() for k, v in self.policy.state_dict().items()}
             self.policy.load_state_dict(self.average)
         return pd.DataFrame(self.history)
 
+    def resume(self, run_folder: str | Path) -> None:
+        """Fills this sampler and its policy, in place, from the last checkpoint of a run.
+
+        Raises:
+            ValueError: there is no checkpoint, or it belongs to another method or target.
+        """
+        checkpoint.load(self, Path(run_folder))
+
     def _step(self) -> dict[str, Any]:
         """One step: draw, weigh, backward, update, test the proposal; a row of metrics."""
         started = time.monotonic()
-        from_fit = self._takes_from_fit()
-        samples, base_log_prob = self._draw(from_fit)
+        samples, log_base, log_policy = self._draw()
         # log q is what was recorded while drawing; it is never computed again.
-        log_proposal = samples.log_prob
-        log_score = self.target.log_score(samples, base_log_prob=base_log_prob)
-        log_w = log_score - log_proposal
+        own_log_score = self.target.log_score(samples, base_log_prob=log_base)
+        log_q, log_score = self._gather(samples.log_prob, own_log_score)
+        log_w = log_score - log_q
         # The batch's own weights would bias its gradient, so it counts for Z from the next step
         # on, unless nothing else is known.
         z = self.z if self.z.n_hits else self.z.add(log_w)
-        if not from_fit:  # the pool began with the texts of the fit: they are counted already
-            self.z = self.z.add(log_w)
-        log_policy = self._known_log_policy(samples, from_fit)
+        if not self._from_fit():  # the pool began with the texts of the fit: they are counted
+            self.z, self.z_round = self.z.add(log_w), self.z_round.add(log_w)
+        values = {k: self._gather(v)[0] for k, v in self.target.values(samples).items()}
+        known = None if log_policy is None else self._gather(log_policy)[0]
+        extra: dict[str, float] = {}
         if z.n_hits:
-            log_policy, a = self._backward(samples, log_score, log_policy, z.log_z)
+            reward = self.reward(values, log_score)
+            log_policy, a = self._backward(samples, log_q, log_score, known, reward, z.log_z)
+            extra = self._diagnose(samples, a)
             self._update()
+            for _ in range(self.config.reuse - 1):
+                self._backward(samples, log_q, log_score, None, reward, z.log_z)
+                self._update()
+            extra["step_kl"] = self._follow_kl(samples, log_q, log_policy)
         else:
-            log_policy = self.policy.log_prob(samples) if log_policy is None else log_policy
-            a = torch.zeros_like(log_score)
+            log_policy = self._gather(self.policy.log_prob(samples))[0] if known is None else known
+            a = torch.zeros_like(log_w)
         self.step += 1
-        self.n_drawn += len(samples)
-        moved = self._move_proposal(log_w, log_policy - log_proposal)
+        self.n_drawn += self.config.batch_size
+        row = self._row(log_q, log_score, log_policy, a, values) | extra
+        row["proposal_updated"] = self._move_proposal(log_w, log_policy - log_q)
+        row["log_z_drift"] = self._drift()
         self.seconds += time.monotonic() - started
-        return self._row(samples, log_score, log_policy, a, moved)
+        row["seconds"] = round(self.seconds, 3)
+        self.health.watch(row)
+        return row
 
-    def _takes_from_fit(self) -> bool:
+    def reward(self, values: dict[str, Tensor], log_score: Tensor) -> Tensor | None:
+        """What a reward-maximising method pays for each text, `(N,)`; None for the others."""
+        return None
+
+    def _gather(self, *own: Tensor) -> list[Tensor]:
+        """Each column of this process's texts, `(n,)`, for the texts of all processes, `(N,)`."""
+        return [self.processes.gather(x) for x in own]
+
+    def _from_fit(self) -> bool:
         """Whether this step's texts are some of those that λ was fitted on."""
         given, end = self.target.fit_samples, (self.step + 1) * self.config.batch_size
         return self.config.first_batches_from_fit and given is not None and end <= len(given)
 
-    def _draw(self, from_fit: bool) -> tuple[Samples, Tensor | None]:
-        """The texts of this step, and their log-probability under the base where it is known."""
-        size, given = self.config.batch_size, self.target.fit_samples
-        if from_fit and given is not None:
-            samples = given[self.step * size : (self.step + 1) * size]
-            return samples, samples.log_prob
-        samples = self.proposal.sample(
-            size,
+    def _draw(self) -> tuple[Samples, Tensor | None, Tensor | None]:
+        """This process's texts of the step; their log a and log π where known for free."""
+        config, base = self.config, self.target.base
+        size, given = config.batch_size, self.target.fit_samples
+        if self._from_fit() and given is not None:
+            first = self.step * size
+            samples = given[first + self.rows.start : first + self.rows.stop]
+            return samples, samples.log_prob, None
+        n_base = 0 if self.proposal is base else round(config.base_share * size)
+        log_base: Tensor | None
+        drawn = draw_rows(
+            [(base, n_base), (self.proposal, size - n_base)],
+            self.rows,
             prompt=self.target.prompt,
             max_new_tokens=self.target.max_new_tokens,
             generator=self.generator,
         )
-        return samples, samples.log_prob if self.proposal is self.target.base else None
-
-    def _known_log_policy(self, samples: Samples, from_fit: bool) -> Tensor | None:
-        """log π of each text if it is recorded or needed early; None leaves it to `_backward`."""
-        if self.proposal is self.policy and not from_fit:
-            return samples.log_prob
-        # Which texts are worth a backward pass depends on the log π of all of them.
-        return self.policy.log_prob(samples) if self.config.backward_size else None
+        if n_base:
+            samples, log_base, log_q = draw_mixture(drawn, base, n_base / size)
+            return samples, log_base, log_q if self.proposal is self.policy else None
+        samples = drawn[0][1]
+        log_base = samples.log_prob if self.proposal is base else None
+        return samples, log_base, samples.log_prob if self.proposal is self.policy else None
 
     def _backward(
-        self, samples: Samples, log_score: Tensor, log_policy: Tensor | None, log_z: float
+        self,
+        samples: Samples,
+        log_q: Tensor,
+        log_score: Tensor,
+        log_policy: Tensor | None,
+        reward: Tensor | None,
+        log_z: float,
     ) -> tuple[Tensor, Tensor]:
         """Sets the gradient of `−mean(A log π)`; log π and A of each text, `(N,)`, detached.
 
-        Where `log_policy` is None, the π inside A is that of the very pass that is differentiated.
+        `samples` are those of this process, all columns those of all processes. Where `log_policy`
+        is None and no text needs to know of the others, the π inside A is that of the very pass
+        that is differentiated.
         """
-        n, size = len(samples), self.config.backward_size
-        seen = torch.zeros_like(log_score) if log_policy is None else log_policy
+        config, n = self.config, len(log_q)
+        if log_policy is None and (
+            config.backward_size or needs_whole_batch(self.method, config.baseline)
+        ):
+            log_policy = self._gather(self.policy.log_prob(samples))[0]
+        seen = torch.zeros_like(log_q) if log_policy is None else log_policy
 
         def weigh(rows: Tensor) -> Tensor:
             return advantage(
-                self.method, log_score[rows], samples.log_prob[rows], seen[rows], log_z
+                self.method,
+                log_score[rows],
+                log_q[rows],
+                seen[rows],
+                log_z,
+                reward=None if reward is None else reward[rows],
+                divergence=self.divergence,
+                baseline=config.baseline,
             )
 
-        rows = torch.arange(n)
-        scale = torch.full((n,), 1.0 / n, dtype=torch.float64)
-        if size is not None and size < n:
-            keep = inclusion_probabilities(weigh(rows), size)
+        everything = torch.arange(n)
+        a = None if log_policy is None else weigh(everything)
+        rows, scale = everything, torch.full((n,), 1.0 / n, dtype=torch.float64)
+        if config.backward_size is not None and config.backward_size < n and a is not None:
+            keep = inclusion_probabilities(a, config.backward_size)
             u = float(torch.rand((), generator=self.generator, dtype=torch.float64))
             rows, scale = systematic_sample(keep, u), scale / keep
         self.optimizer.zero_grad(set_to_none=True)
-        for part in torch.split(rows, self.config.micro_batch_size or _MICRO_BATCH):
-            log_pi = self.policy.log_prob(samples[part], grad=True)
-            if log_policy is None:
+        own = rows[(rows >= self.rows.start) & (rows < self.rows.stop)]
+        for part in torch.split(own, config.micro_batch_size or _MICRO_BATCH):
+            log_pi = self.policy.log_prob(samples[part - self.rows.start], grad=True)
+            if a is None:
                 seen[part] = log_pi.detach().cpu()
-            ((-weigh(part) * scale[part]).to(log_pi) @ log_pi).backward()
-        return seen, weigh(torch.arange(n))
+            weights = weigh(part) if a is None else a[part]
+            ((-weights * scale[part]).to(log_pi) @ log_pi).backward()
+        self.processes.sum_gradients(self.parameters)
+        if a is None:
+            seen = self.processes.gather(seen[self.rows.start : self.rows.stop])
+            a = weigh(everything)
+        return seen, a
+
+    def _diagnose(self, samples: Samples, a: Tensor) -> dict[str, float]:
+        """The gradient's variance on this process's texts, on the steps that ask for it."""
+        every = self.config.diagnose_every
+        if not every or (self.step + 1) % every:
+            return {}
+        return gradient_variance(self.policy, samples, a[self.rows.start : self.rows.stop])
 
     def _update(self) -> None:
         """One optimiser step."""
-        parameters = self.optimizer.param_groups[0]["params"]
         limit = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
         if not bool(norm.isfinite()):
             raise FloatingPointError(
                 f"the gradient of step {self.step} has norm {float(norm)}: lower the learning rate "
                 "or set max_grad_norm, and go on from the last checkpoint"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = self.config.rate_at(self.step)
+            group["lr"] = self.rate * self.config.share_at(self.step)
         self.optimizer.step()
         decay = self.config.average_decay
         if decay is None:
@@ -218,6 +300,25 @@ class Trainer:
         for name, value in weights.items():
             self.average[name].lerp_(value, 1 - decay)
 
+    def _follow_kl(self, samples: Samples, log_q: Tensor, before: Tensor) -> float:
+        """With learning_rate "auto", measures KL(π before‖π after) and sets the next rate by it.
+
+        The KL of a small step grows with the square of its size.
+        """
+        if self.config.learning_rate != "auto":
+            return math.nan
+        n = min(len(samples), max(2, _N_MEASURED // self.processes.count))
+        rows = slice(self.rows.start, self.rows.start + n)
+        after = self.policy.log_prob(samples[:n])
+        log_ratio = after - before[rows]
+        # Each term is positive, unlike those of the plain mean of −log_ratio.
+        terms = torch.exp(before[rows] - log_q[rows]) * (torch.expm1(log_ratio) - log_ratio)
+        moved_by = float(self.processes.gather(terms).mean())
+        wanted = self.config.step_kl * self.config.share_at(self.step) ** 2
+        factor = math.sqrt(wanted / moved_by) if moved_by > 0 else _FASTEST
+        self.rate *= min(max(factor, _SLOWEST), _FASTEST)
+        return moved_by
+
     def _move_proposal(self, log_w: Tensor, log_ratio: Tensor) -> bool:
         """Replaces q by π if the texts since the last change say that π is closer to the target.
 
@@ -226,46 +327,57 @@ class Trainer:
         """
         if self.proposal_rule in ("policy", "never"):
             return False
-        self._since_change.append(torch.stack([log_w, log_ratio]))
+        self.since_change.append(torch.stack([log_w, log_ratio]))
         if self.step % self.config.proposal_every:
             return False
-        log_w, log_ratio = torch.cat(self._since_change, dim=1)
-        if log_weights.ess(log_w) < _MIN_ESS:
-            return False
-        gain, stderr = _gain(self.proposal_rule, log_w, log_ratio, self.z.log_z)
-        if not gain > _CLOSER * stderr:
+        log_w, log_ratio = torch.cat(self.since_change, dim=1)
+        if not is_closer(self.proposal_rule, log_w, log_ratio, self.z.log_z):
             return False
         if self.proposal is self.target.base:
             self.proposal = self.policy.copy()
         self.proposal.load_state_dict(self.policy.state_dict())
-        self._since_change.clear()
+        self.since_change.clear()
         return True
 
+    def _drift(self) -> float:
+        """How far the latest estimate of log Z is from the one before, in standard errors."""
+        if self.step % self.config.proposal_every:
+            return math.nan
+        drift = self.z_round.drift_from(self.z_before)
+        self.z_before, self.z_round = self.z, ZPool()
+        return drift
+
     def _row(
-        self, samples: Samples, log_score: Tensor, log_policy: Tensor, a: Tensor, moved: bool
+        self,
+        log_q: Tensor,
+        log_score: Tensor,
+        log_policy: Tensor,
+        a: Tensor,
+        values: dict[str, Tensor],
     ) -> dict[str, Any]:
-        log_q = samples.log_prob
         log_w = log_score - log_q
+        # Nothing is known of p before the first text that is possible under it.
         any_hit = bool((log_w > -math.inf).any())
-        values = self.target.values(samples)
-        nan = math.nan
+        to_policy, to_proposal = (
+            divergences.kl(log_score, log_x, log_q).value if any_hit else math.nan
+            for log_x in (log_policy, log_q)
+        )
         row: dict[str, Any] = {
             "step": self.step,
             "samples": self.n_drawn,
-            "seconds": round(self.seconds, 3),
+            "seconds": 0.0,
             "log_z": self.z.log_z,
             "log_z_stderr": self.z.stderr,
             "ess": log_weights.ess(log_w),
-            "kl_target_policy": divergences.kl(log_score, log_policy, log_q).value
-            if any_hit
-            else nan,
-            "kl_target_proposal": divergences.kl(log_score, log_q, log_q).value if any_hit else nan,
-            "proposal_updated": moved,
+            "kl_target_policy": to_policy,
+            "kl_target_proposal": to_proposal,
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "advantage_mean": float(a.mean()),
             "advantage_abs_mean": float(a.abs().mean()),
             "advantage_var": float(a.var(correction=0)),
         }
+        if any_hit:
+            row["largest_weight"] = float(torch.softmax(log_w, 0).max())
         for feature in self.target.features:
             row[f"moment/{feature.name}"] = float(
                 log_weights.mean(log_policy - log_q, values[feature.name])[0]
@@ -279,92 +391,16 @@ class Trainer:
             scores = evaluate(self.policy, self.target, seed=self.step)
             runs.append_row(folder / "evaluations.jsonl", {"step": self.step} | scores.to_dict())
         if config.checkpoint_every and self.step % config.checkpoint_every == 0:
-            self.save_checkpoint(folder)
-
-    def save_checkpoint(self, folder: str | Path) -> None:
-        """Writes all that `resume` needs, atomically, as safetensors and JSON."""
-        tensors = {f"policy.{k}": v for k, v in self.policy.state_dict().items()}
-        if self.proposal is not self.policy and self.proposal is not self.target.base:
-            tensors |= {f"proposal.{k}": v for k, v in self.proposal.state_dict().items()}
-        tensors |= {f"average.{k}": v for k, v in (self.average or {}).items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-        if self._since_change:
-            tensors["since_change"] = torch.cat(self._since_change, dim=1)
-        tensors["generator"] = self.generator.get_state()
-        facts = {
-            "sampler": type(self).__name__,
-            "config": asdict(self.config),
-            "target": self.target.to_dict(),
-            "step": self.step,
-            "samples": self.n_drawn,
-            "seconds": self.seconds,
-            "z": asdict(self.z),
-            "history": self.history,
-        }
-        runs.save_checkpoint(Path(folder), self.step, tensors, facts)
-
-    def resume(self, run_folder: str | Path) -> None:
-        """Fills this sampler and its policy, in place, from the last checkpoint of a run.
-
-        Raises:
-            ValueError: there is no checkpoint, or it belongs to another method or target.
-        """
-        tensors, facts = runs.load_checkpoint(Path(run_folder))
-        mine = {"sampler": type(self).__name__, "target": self.target.to_dict()}
-        for key, value in mine.items():
-            if facts[key] != json.loads(json.dumps(value)):
-                raise ValueError(
-                    f"the checkpoint in {run_folder} has another {key}: {facts[key]}, not {value}"
-                )
-        groups = _by_prefix(tensors)
-        self.policy.load_state_dict(groups["policy"])
-        if "proposal" in groups:
-            self.proposal = self.policy.copy()
-            self.proposal.load_state_dict(groups["proposal"])
-        if "average" in groups:
-            weights = self.policy.state_dict()
-            self.average = {k: v.to(weights[k]) for k, v in groups["average"].items()}
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in groups.get("optimizer", {}).items():
-            i, key = name.split(".")
-            state.setdefault(int(i), {})[key] = value
-        self.optimizer.load_state_dict(
-            {"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]}
-        )
-        self._since_change = [tensors["since_change"]] if "since_change" in tensors else []
-        self.generator.set_state(tensors["generator"])
-        self.step, self.n_drawn = facts["step"], facts["samples"]
-        self.seconds, self.z = facts["seconds"], ZPool(**facts["z"])
-        self.history = facts["history"]
+            checkpoint.save(self, folder)
 
 
 def _optimizer(
     config: TrainerConfig, parameters: list[torch.nn.Parameter]
 ) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.learning_rate, momentum=0.9)
+        return torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
     make = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return make(parameters, lr=config.learning_rate)
-
-
-def _gain(rule: str, log_w: Tensor, log_ratio: Tensor, log_z: float) -> tuple[float, float]:
-    """D(p, q) − D(p, π) with its standard error, from the same texts; positive if π is closer."""
-    if rule == "kl":
-        value, stderr = log_weights.mean(log_w, log_ratio)
-        return float(value), float(stderr)
-    g, u = torch.exp(log_w - log_z), torch.exp(log_ratio)
-    terms = (g - 1).clamp(min=0) - (g - u).clamp(min=0)
-    return float(terms.mean()), float(terms.std()) / math.sqrt(len(terms))
-
-
-def _by_prefix(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        prefix, _, rest = name.partition(".")
-        if rest:
-            groups.setdefault(prefix, {})[rest] = value
-    return groups
+    return make(parameters, lr=1.0)  # set at every step
 
 
 def _facts(row: dict[str, Any]) -> str:

@@ -64,6 +64,16 @@ class ZPool:
         relative = math.exp(self.log_sum_sq + math.log(self.n) - 2 * self.log_sum) - 1
         return math.sqrt(max(0.0, relative) / (self.n - 1))
 
+    def drift_from(self, other: ZPool) -> float:
+        """How many joint standard errors this estimate of log Z lies above another one.
+
+        Both are right for any proposals, so a large value reveals log-probabilities that are not
+        those of the law that the texts were drawn from. 0 where one of them knows nothing.
+        """
+        stderr = math.hypot(self.stderr, other.stderr)
+        gap = self.log_z - other.log_z
+        return gap / stderr if math.isfinite(stderr) and stderr > 0 else 0.0
+
 
 def _log_add(a: float, b: float) -> float:
     top = max(a, b)

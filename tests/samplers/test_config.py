@@ -94,21 +94,21 @@ def test_a_decay_needs_its_length(schedule):
 
 
 def test_warmup_is_linear_and_reaches_the_peak():
-    config = TrainerConfig(learning_rate=3.0, warmup_steps=2)
-    assert [config.rate_at(step) for step in range(4)] == [1.0, 2.0, 3.0, 3.0]
+    config = TrainerConfig(warmup_steps=3)
+    assert [config.share_at(step) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
 
 
 def test_no_warmup_starts_at_the_peak():
-    assert TrainerConfig(learning_rate=3.0, warmup_steps=0).rate_at(0) == 3.0
+    assert TrainerConfig(warmup_steps=0).share_at(0) == 1.0
 
 
 def test_linear_decay_ends_at_zero_and_stays_there():
-    config = TrainerConfig(learning_rate=8.0, warmup_steps=0, schedule="linear", total_steps=4)
-    assert [config.rate_at(step) for step in range(6)] == [8.0, 6.0, 4.0, 2.0, 0.0, 0.0]
+    config = TrainerConfig(warmup_steps=0, schedule="linear", total_steps=4)
+    assert [config.share_at(step) for step in range(6)] == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
 
 
 def test_cosine_decay_is_half_a_cosine():
-    config = TrainerConfig(learning_rate=8.0, warmup_steps=0, schedule="cosine", total_steps=4)
-    expected = [4 + 4 * math.cos(math.pi * step / 4) for step in range(5)]
-    assert [config.rate_at(step) for step in range(5)] == pytest.approx(expected, abs=1e-12)
-    assert config.rate_at(9) == 0.0
+    config = TrainerConfig(warmup_steps=0, schedule="cosine", total_steps=4)
+    expected = [0.5 + 0.5 * math.cos(math.pi * step / 4) for step in range(5)]
+    assert [config.share_at(step) for step in range(5)] == pytest.approx(expected, abs=1e-12)
+    assert config.share_at(9) == 0.0

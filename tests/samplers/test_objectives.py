@@ -1,23 +1,16 @@
 """Expected gradients against autograd of the exact objective, and the choice of texts."""
 
+import itertools
 import math
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
 
 from dmgen.constraints import Moment, Pointwise, feature
 from dmgen.divergences import f_divergence
 from dmgen.ebm import EBM
 from dmgen.models import TabularLM
-from dmgen.samplers.objectives import (
-    METHODS,
-    advantage,
-    inclusion_probabilities,
-    systematic_sample,
-)
+from dmgen.samplers.objectives import METHODS, advantage
 
 HAS_A = feature(lambda text: "a" in text, name="a")
 LENGTH = feature(len, name="length")
@@ -185,6 +178,98 @@ def test_forward_kl_fdpg_is_gdcpp(case):
     )
 
 
+class Batches:
+    """All batches of 3 texts on a world of 7, with their probabilities: expectations are sums."""
+
+    def __init__(self, on_policy):
+        base, self.policy, other = (
+            TabularLM.random("ab.", 2, eos=".", seed=seed) for seed in (2, 3, 4)
+        )
+        self.policy = self.policy.copy()
+        target = EBM(base, [Moment(LENGTH, 1.0), Moment(HAS_A, 0.5)], [0.6, -0.8])
+        self.every = base.enumerate()
+        self.log_score = target.log_score(self.every)
+        self.log_z = target.exact().log_z
+        self.log_pi = self.policy.log_prob(self.every)
+        self.log_q = self.log_pi if on_policy else other.log_prob(self.every)
+        self.reward = torch.linspace(-1, 2, len(self.every), dtype=torch.float64)
+
+    def expected(self, method, of=None, **options):
+        """E over batches of the mean of A ∇log π; or of `of(A)`."""
+        if method == "reinforce":
+            options["reward"] = self.reward
+        total = torch.zeros(len(self.every), dtype=torch.float64)
+        value = 0.0
+        for rows in map(list, itertools.product(range(len(self.every)), repeat=3)):
+            mass = float(self.log_q[rows].sum().exp())
+            given = dict(options)
+            if "reward" in given:
+                given["reward"] = self.reward[rows]
+            a = advantage(
+                method,
+                self.log_score[rows],
+                self.log_q[rows],
+                self.log_pi[rows],
+                self.log_z,
+                **given,
+            )
+            total.index_add_(0, torch.tensor(rows), mass * a / 3)
+            value += mass * float(of(a)) if of else 0.0
+        if of:
+            return value
+        log_pi = self.policy.log_prob(self.every, grad=True)
+        return torch.autograd.grad(total @ log_pi, self.policy.logits)[0]
+
+
+@pytest.fixture
+def batches(on_policy):
+    return Batches(on_policy)
+
+
+@pytest.mark.parametrize("baseline", ["z", "leave_one_out", "optimal"])
+@pytest.mark.parametrize("method", ["gdc", "fdpg", "reinforce"])
+def test_no_baseline_moves_the_expected_gradient(batches, method, baseline):
+    options = {"divergence": "js"} if method == "fdpg" else {}
+    if (method, baseline) == ("reinforce", "z"):
+        pytest.skip("no Z to speak of")
+    plain = batches.expected(method, baseline="none", **options)
+    assert_same(batches.expected(method, baseline=baseline, **options), plain)
+
+
+def test_a_baseline_that_looks_at_its_own_text_would_move_it(batches, monkeypatch):
+    """The power of the check above: the plain mean of the batch is no such baseline."""
+    plain = batches.expected("gdc", baseline="none")
+    monkeypatch.setattr(
+        "dmgen.samplers.objectives._kappa", lambda baseline, gain, *rest: gain.mean()
+    )
+    wrong = batches.expected("gdc", baseline="leave_one_out")
+    assert (wrong - plain).abs().max() > 1e-3
+
+
+def test_baselines_of_the_batch_are_zero_where_the_policy_is_the_target(case):
+    case.log_q = case.log_pi = case.log_score - case.log_z
+    seen = case.log_p > -math.inf
+    args = (case.log_score[seen], case.log_q[seen], case.log_pi[seen], case.log_z)
+    for baseline in ("z", "leave_one_out", "optimal"):
+        assert advantage("gdc", *args, baseline=baseline).abs().max() < 1e-12
+
+
+def test_expected_gradient_of_vargrad_descends_the_variance(batches):
+    log_pi = batches.policy.log_prob(batches.every, grad=True)
+    terms, q = batches.log_score - log_pi, batches.log_q.exp()
+    variance = q @ terms.square() - (q @ terms).square()
+    exact = torch.autograd.grad(-variance / 2, batches.policy.logits)[0]
+    assert_same(batches.expected("vargrad"), exact)
+    batches.log_z += 1.0  # needs no Z
+    assert_same(batches.expected("vargrad"), exact)
+
+
+def test_on_policy_vargrad_descends_the_reverse_kl():
+    batches = Batches(on_policy=True)
+    reverse = batches.expected("fdpg", divergence="reverse_kl")
+    assert_same(batches.expected("vargrad"), reverse)
+
+
 # ---------------------------------------------------------------- KL control
 
 
@@ -222,7 +307,19 @@ def test_unknown_methods_and_missing_arguments_are_refused():
         advantage("fdpg", *args)
     with pytest.raises(ValueError, match="reward="):
         advantage("reinforce", *args)
-    assert METHODS == ("dpg", "gdc", "gdc++", "fdpg", "reinforce")
+    with pytest.raises(ValueError, match="baseline of 'gdc' must be None or one of"):
+        advantage("gdc", *args, baseline="best")
+    with pytest.raises(ValueError, match="baseline of 'reinforce' must be"):
+        advantage("reinforce", *args, reward=numbers(), baseline="z")
+    with pytest.raises(ValueError, match="baseline of 'vargrad' must be"):
+        advantage("vargrad", *args, baseline="leave_one_out")
+    assert METHODS == ("dpg", "gdc", "gdc++", "fdpg", "reinforce", "vargrad")
+
+
+def test_vargrad_refuses_texts_that_the_target_cannot_show():
+    log_score = torch.tensor([0.0, -math.inf, 0.0])
+    with pytest.raises(ValueError, match="infinite where P = 0, as for 1 of 3 texts"):
+        advantage("vargrad", log_score, numbers(), numbers(), 0.0)
 
 
 @pytest.mark.parametrize("name", [d for d in DIVERGENCES if d not in FINITE_AT_ZERO], ids=str)
@@ -251,89 +348,3 @@ def test_everything_is_float64_even_from_float32():
     args = [torch.full((2,), -1.0, dtype=torch.float32) for _ in range(3)]
     for method in ("gdc", "gdc++", "fdpg"):
         assert advantage(method, *args, 0.0, divergence="js").dtype == torch.float64
-
-
-# ---------------------------------------------------------------- which texts to keep
-
-advantages = st.lists(
-    st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.floats(-1e6, -1e-6)), min_size=1, max_size=12
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(values=advantages, n=st.integers(1, 12))
-@example(values=[1.0, 1.0, 1e-6], n=2)
-def test_inclusion_probabilities_are_capped_shares(values, n):
-    a = torch.tensor(values, dtype=torch.float64)
-    keep = inclusion_probabilities(a, n)
-    nonzero = int((a != 0).sum())
-    assert float(keep.sum()) == pytest.approx(min(n, nonzero), abs=1e-9)
-    assert ((keep >= 0) & (keep <= 1)).all()
-    assert ((keep > 0) == (a != 0)).all()
-    if nonzero <= n:
-        assert (keep == (a != 0)).all()
-    below = (keep < 1) & (keep > 0)
-    if int(below.sum()) > 1:
-        share = keep[below] / a[below].abs()
-        torch.testing.assert_close(share, share[:1].expand_as(share), rtol=1e-9, atol=0)
-        # A text is capped only if its share would exceed 1.
-        capped = a.abs()[keep == 1]
-        assert not len(capped) or float(capped.min() * share[0]) >= 1 - 1e-9
-
-
-def kept_for_every_u(probabilities):
-    """(length of the interval of u, positions kept) for all u in [0, 1): nothing is sampled."""
-    cuts = torch.cat([torch.zeros(1), probabilities.double().cumsum(0), torch.ones(1)]) % 1
-    edges = sorted({0.0, 1.0, *cuts.tolist()})
-    return [
-        (high - low, systematic_sample(probabilities, (low + high) / 2))
-        for low, high in pairwise(edges)
-    ]
-
-
-@settings(max_examples=200, deadline=None)
-@given(values=advantages, n=st.integers(1, 12))
-def test_each_text_is_kept_with_its_probability_and_sums_are_unbiased(values, n):
-    a = torch.tensor(values, dtype=torch.float64)
-    keep = inclusion_probabilities(a, n)
-    frequency = torch.zeros_like(a)
-    estimate = torch.zeros(2, dtype=torch.float64)
-    other = torch.arange(len(a), dtype=torch.float64) + 1
-    for length, rows in kept_for_every_u(keep):
-        frequency[rows] += length
-        # The sum of a gradient: |advantage| times anything.
-        estimate += length * torch.stack([(a / keep)[rows].sum(), (a * other / keep)[rows].sum()])
-    torch.testing.assert_close(frequency, keep, rtol=0, atol=1e-9)
-    scale = float(a.abs().sum()) * len(a)
-    torch.testing.assert_close(
-        estimate, torch.stack([a.sum(), a @ other]), rtol=0, atol=1e-9 * max(scale, 1.0)
-    )
-
-
-@settings(max_examples=100, deadline=None)
-@given(values=advantages, n=st.integers(1, 12), u=st.floats(0.01, 0.99))
-def test_the_number_kept_is_fixed_and_no_text_comes_twice(values, n, u):
-    a = torch.tensor(values, dtype=torch.float64)
-    rows = systematic_sample(inclusion_probabilities(a, n), u)
-    assert len(rows) == min(n, int((a != 0).sum()))
-    assert rows.tolist() == sorted(set(rows.tolist()))
-    assert (a[rows] != 0).all()
-
-
-def test_advantages_of_zero_keep_nothing():
-    keep = inclusion_probabilities(torch.zeros(5), 3)
-    assert keep.tolist() == [0.0] * 5
-    assert len(systematic_sample(keep, 0.5)) == 0
-
-
-def test_proportional_keeping_beats_uniform_where_few_texts_matter():
-    """The very reason for it: the variance of the estimated sum, exact over u."""
-    a = torch.tensor([5.0, *[0.1] * 19], dtype=torch.float64)
-
-    def variance(keep):
-        estimates = [(length, float((a / keep)[rows].sum())) for length, rows in
-                     kept_for_every_u(keep)]  # fmt: skip
-        return sum(length * (e - float(a.sum())) ** 2 for length, e in estimates)
-
-    assert variance(inclusion_probabilities(a, 5)) < 1e-12  # |A| = A here: no variance at all
-    assert variance(torch.full((20,), 0.25, dtype=torch.float64)) > 1

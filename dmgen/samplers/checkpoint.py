@@ -1,0 +1,92 @@
+"""All that a run needs to go on as if it had never stopped: safetensors and JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from dmgen import runs
+from dmgen.samplers.z_pool import ZPool
+
+if TYPE_CHECKING:
+    from dmgen.samplers.trainer import Trainer
+
+
+def save(sampler: Trainer, folder: Path) -> None:
+    """Writes a checkpoint of `sampler` into a run folder, atomically."""
+    tensors = {f"policy.{k}": v for k, v in sampler.policy.state_dict().items()}
+    if sampler.proposal is not sampler.policy and sampler.proposal is not sampler.target.base:
+        tensors |= {f"proposal.{k}": v for k, v in sampler.proposal.state_dict().items()}
+    tensors |= {f"average.{k}": v for k, v in (sampler.average or {}).items()}
+    for i, state in sampler.optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    if sampler.since_change:
+        tensors["since_change"] = torch.cat(sampler.since_change, dim=1)
+    tensors["generator"] = sampler.generator.get_state()
+    facts = {
+        "sampler": type(sampler).__name__,
+        "config": asdict(sampler.config),
+        "target": sampler.target.to_dict(),
+        "step": sampler.step,
+        "samples": sampler.n_drawn,
+        "seconds": sampler.seconds,
+        "rate": sampler.rate,
+        "log_unit": sampler.log_unit,
+        "z": asdict(sampler.z),
+        "z_before": asdict(sampler.z_before),
+        "z_round": asdict(sampler.z_round),
+        "history": sampler.history,
+    }
+    runs.save_checkpoint(folder, sampler.step, tensors, facts)
+
+
+def load(sampler: Trainer, folder: Path) -> None:
+    """Fills `sampler` and its policy, in place, from the last checkpoint of a run.
+
+    Raises:
+        ValueError: there is no checkpoint, or it belongs to another method or target.
+    """
+    tensors, facts = runs.load_checkpoint(folder)
+    mine = {"sampler": type(sampler).__name__, "target": sampler.target.to_dict()}
+    for key, value in mine.items():
+        if facts[key] != json.loads(json.dumps(value)):
+            raise ValueError(
+                f"the checkpoint in {folder} has another {key}: {facts[key]}, not {value}"
+            )
+    groups = _by_prefix(tensors)
+    sampler.policy.load_state_dict(groups["policy"])
+    if "proposal" in groups:
+        sampler.proposal = sampler.policy.copy()
+        sampler.proposal.load_state_dict(groups["proposal"])
+    if "average" in groups:
+        weights = sampler.policy.state_dict()
+        sampler.average = {k: v.to(weights[k]) for k, v in groups["average"].items()}
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in groups.get("optimizer", {}).items():
+        i, key = name.split(".")
+        state.setdefault(int(i), {})[key] = value
+    sampler.optimizer.load_state_dict(
+        {"state": state, "param_groups": sampler.optimizer.state_dict()["param_groups"]}
+    )
+    sampler.since_change = [tensors["since_change"]] if "since_change" in tensors else []
+    sampler.generator.set_state(tensors["generator"])
+    sampler.step, sampler.n_drawn = facts["step"], facts["samples"]
+    for name in ("seconds", "rate", "log_unit"):
+        setattr(sampler, name, facts[name])
+    for name in ("z", "z_before", "z_round"):
+        setattr(sampler, name, ZPool(**facts[name]))
+    sampler.history = facts["history"]
+
+
+def _by_prefix(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        prefix, _, rest = name.partition(".")
+        if rest:
+            groups.setdefault(prefix, {})[rest] = value
+    return groups

@@ -1,0 +1,83 @@
+"""Several processes that train one policy: who draws which texts, and what is summed over all.
+
+Started by `accelerate launch --num_processes 2 ...` (gloo on CPUs, NCCL on GPUs). Each process
+draws and differentiates its share of every batch; log-probabilities and feature values, a few
+numbers a text, are gathered, so that all processes compute the same statistics from the same
+numbers and take the same step.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, distributed
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together.
+
+    Attributes:
+        rank: its number, from 0.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @classmethod
+    def here(cls) -> Processes:
+        """What the launcher's environment says; a single process without a launcher."""
+        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            return cls()
+        state = PartialState()
+        return cls(state.process_index, state.num_processes)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes files and shows progress."""
+        return self.rank == 0
+
+    def rows(self, n: int) -> range:
+        """The rows of a batch of `n` texts that this process draws.
+
+        Raises:
+            ValueError: `n` is not a multiple of the number of processes.
+        """
+        if n % self.count:
+            raise ValueError(
+                f"a batch of {n} texts cannot be shared by {self.count} processes: make batch_size "
+                f"a multiple of {self.count}"
+            )
+        share = n // self.count
+        return range(self.rank * share, (self.rank + 1) * share)
+
+    def gather(self, own: Tensor) -> Tensor:
+        """The rows of all processes, `(n, ...)`, in order of rank, from those of this one."""
+        if self.count == 1:
+            return own
+        device = PartialState().device
+        parts = [torch.empty_like(own, device=device) for _ in range(self.count)]
+        distributed.all_gather(parts, own.detach().contiguous().to(device))
+        return torch.cat(parts).to(own.device)
+
+    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Replaces each gradient by its sum over all processes."""
+        if self.count == 1:
+            return
+        parameters = list(parameters)
+        # A process none of whose texts was kept for the backward pass has no gradient.
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = torch.cat([g.flatten() for g in grads])
+        distributed.all_reduce(flat)
+        for p, g in zip(parameters, torch.split(flat, [g.numel() for g in grads]), strict=True):
+            p.grad = g.view_as(p)
+
+    def wait(self) -> None:
+        """Returns when all processes have come here."""
+        if self.count > 1:
+            PartialState().wait_for_everyone()
