@@ -1,6 +1,8 @@
 """Several processes that train one policy: who draws which texts, and what is summed over all.
 
-Started by `accelerate launch --num_processes 2 ...` (gloo on CPUs, NCCL on GPUs). Each process
+Started by `accelerate launch --multi_gpu --num_processes 2 ...`, on CPUs too, or by
+`torchrun --nproc_per_node 2 ...`: NCCL on GPUs, gloo on CPUs. (`accelerate launch --cpu` starts one
+process unless there is MPI.) Each process
 draws and differentiates its share of every batch; log-probabilities and feature values, a few
 numbers a text, are gathered, so that all processes compute the same statistics from the same
 numbers and take the same step.
@@ -34,7 +36,7 @@ class Processes:
         """What the launcher's environment says; a single process without a launcher."""
         if int(os.environ.get("WORLD_SIZE", "1")) == 1:
             return cls()
-        state = PartialState()
+        state = _state()
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -60,7 +62,7 @@ class Processes:
         """The rows of all processes, `(n, ...)`, in order of rank, from those of this one."""
         if self.count == 1:
             return own
-        device = PartialState().device
+        device = _state().device
         parts = [torch.empty_like(own, device=device) for _ in range(self.count)]
         distributed.all_gather(parts, own.detach().contiguous().to(device))
         return torch.cat(parts).to(own.device)
@@ -80,4 +82,9 @@ class Processes:
     def wait(self) -> None:
         """Returns when all processes have come here."""
         if self.count > 1:
-            PartialState().wait_for_everyone()
+            _state().wait_for_everyone()
+
+
+def _state() -> PartialState:
+    # Without being told, accelerate sees no processes on a machine without a GPU.
+    return PartialState(cpu=not torch.cuda.is_available())

@@ -1,0 +1,133 @@
+"""Two processes that train one policy against one process with the same batch."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from dmgen.models import TabularLM
+from dmgen.models.base import Samples
+from dmgen.samplers.processes import Processes
+from dmgen.samplers.proposal import draw_rows
+
+SCRIPT = textwrap.dedent(
+    """
+    import json, pathlib, sys, torch, dmgen
+    torch.set_num_threads(1)
+    base = dmgen.TabularLM.random("abc.", 4, eos=".", seed=1)
+    has_ab = dmgen.feature(lambda text: "ab" in text, name="ab")
+    target = dmgen.EBM.fit(base, [dmgen.Moment(has_ab, 0.5)], n_samples=2000, seed=0)
+    out = pathlib.Path(sys.argv[1])
+    found = {}
+    for name, method, settings in (
+        ("off-policy", dmgen.GDCpp, {"proposal_every": 4}),
+        ("subset", dmgen.DPG, {"backward_size": 20, "average_decay": 0.9}),
+        ("mixture", dmgen.GDCpp, {"base_share": 0.3, "reuse": 2, "proposal_rule": "policy"}),
+        ("auto", dmgen.GDCpp, {"learning_rate": "auto", "baseline": "optimal"}),
+        ("fit", dmgen.VarGrad, {"first_batches_from_fit": True}),
+    ):
+        config = dmgen.TrainerConfig(**({"batch_size": 64, "learning_rate": 0.05} | settings))
+        sampler = method(base.copy(), target, config)
+        history = sampler.train(12, out=out / name)
+        found[name] = {
+            "rank": sampler.processes.rank,
+            "count": sampler.processes.count,
+            "logits": sampler.policy.logits.flatten().tolist(),
+            "history": history.drop(columns="seconds").to_dict("list"),
+        }
+    (out / f"rank-{sampler.processes.rank}.json").write_text(json.dumps(found))
+    """
+)
+
+
+def launch(script, out, count):
+    out.mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(script), str(out)]
+    if count > 1:
+        launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu"]
+        command = [
+            *launcher,
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            "--num_processes",
+            str(count),
+            "--main_process_port",
+            "0",
+            *command[1:],
+        ]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads((out / f"rank-{r}.json").read_text()) for r in range(count)]
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_same_batch(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(SCRIPT)
+    (one,) = launch(script, tmp_path / "one", 1)
+    first, second = launch(script, tmp_path / "two", 2)
+    for name, alone in one.items():
+        assert (first[name]["rank"], second[name]["rank"]) == (0, 1)
+        assert first[name]["count"] == 2
+        # The processes agree to the last bit, and with the single one up to the order of sums.
+        assert first[name]["logits"] == second[name]["logits"]
+        both = torch.tensor(first[name]["logits"], dtype=torch.float64)
+        torch.testing.assert_close(
+            both, torch.tensor(alone["logits"], dtype=torch.float64), rtol=0, atol=1e-8
+        )
+        for column in ("ess", "log_z", "kl_target_policy", "advantage_var", "moment/ab"):
+            theirs, mine = (
+                torch.tensor(x["history"][column], dtype=torch.float64)
+                for x in (first[name], alone)
+            )
+            torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-8)
+        rows = (tmp_path / "two" / name / "metrics.jsonl").read_text().splitlines()
+        assert len(rows) == 12  # one process writes
+    shutil.rmtree(tmp_path / "two")
+
+
+def draw(parts, rows, seed=5):
+    generator = torch.Generator().manual_seed(seed)
+    drawn = draw_rows(parts, rows, prompt="", max_new_tokens=3, generator=generator)
+    return [m for m, _ in drawn], Samples.cat([s for _, s in drawn]), generator.get_state()
+
+
+@pytest.mark.parametrize("n_base", [0, 3, 5, 8])
+def test_the_rows_of_all_processes_are_the_whole_draw(n_base):
+    base, policy = (TabularLM.random("abc.", 3, eos=".", seed=seed) for seed in (1, 2))
+    parts = [(base, n_base), (policy, 8 - n_base)]
+    _, whole, state = draw([part for part in parts if part[1]], range(8))
+    for count in (2, 4):
+        pieces = []
+        for rank in range(count):
+            _, own, after = draw(parts, Processes(rank, count).rows(8))
+            pieces.append(own)
+            assert torch.equal(after, state)
+        together = Samples.cat(pieces)
+        assert together.texts == whole.texts
+        assert torch.equal(together.log_prob, whole.log_prob)
+    assert len(set(whole.texts)) > 3
+
+
+def test_a_batch_that_cannot_be_shared_is_refused():
+    with pytest.raises(ValueError, match="multiple of 3"):
+        Processes(0, 3).rows(64)
+    assert Processes(1, 2).rows(64) == range(32, 64)
+
+
+def test_a_single_process_gathers_itself():
+    x = torch.arange(3.0)
+    assert Processes.here() == Processes()
+    assert Processes().gather(x) is x
