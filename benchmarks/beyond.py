@@ -1,0 +1,225 @@
+"""Settings beyond the papers against GDC++: samples, time and KL that each takes.
+
+    python benchmarks/beyond.py rare         # a rare pointwise target, exact; about 10 minutes
+    python benchmarks/beyond.py bios         # female 0.5 on tiny-bios, two at a time; about an hour
+    python benchmarks/beyond.py tables       # what the result files say
+
+`rare`: on a world of 1,365 texts, every text must contain a word that the base writes in less than
+one of 1,000. All settings train on the same number of texts; KL(p‖π) is an exact sum after every
+few steps, and the table says after how many texts a setting has reached what GDC++ ends with.
+
+`bios`: all settings train for the same number of seconds on one core. KL(p‖π) is estimated on one
+fixed set of texts that no setting trains on: fresh texts of the base, of which all that are about
+women count, and as many of the others, each with its weight under p. All settings share the set, so
+their differences are sharper than their errors. KL(π‖a) and the moment are those of 1,024 fresh
+texts of the policy at the end. Each result is a file; what is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import record
+import torch
+import worlds
+from tqdm import tqdm
+
+import dmgen
+from dmgen import log_weights, runs
+from dmgen.metrics.evaluate import evaluate
+
+Setting = tuple[Any, dict[str, Any], dict[str, Any]]  # class, its options, settings of the run
+
+WORD = "acda"
+RARE_SAMPLES, RARE_EVERY, RARE_BATCH = 131_072, 2_048, 512
+ON = {"proposal_rule": "policy"}
+RARE: dict[str, Setting] = {
+    "GDC++": (dmgen.GDCpp, {}, {}),
+    "GDC": (dmgen.GDC, {}, {}),
+    "no baseline, on-policy (DPG)": (dmgen.DPG, {}, {}),
+    "on-policy": (dmgen.GDCpp, {}, ON),
+    "on-policy, leave-one-out": (dmgen.GDCpp, {}, {"baseline": "leave_one_out"} | ON),
+    "on-policy, optimal": (dmgen.GDCpp, {}, {"baseline": "optimal"} | ON),
+    "JS, on-policy": (dmgen.FDPG, {"divergence": "js"}, {}),
+    "TV, on-policy": (dmgen.FDPG, {"divergence": "tv"}, {}),
+    "mixture, 10 % base": (dmgen.GDCpp, {}, {"base_share": 0.1} | ON),
+    "backward on 64": (dmgen.GDCpp, {}, {"backward_size": 64} | ON),
+    "2 steps a batch": (dmgen.GDCpp, {}, {"reuse": 2} | ON),
+    "4 steps a batch": (dmgen.GDCpp, {}, {"reuse": 4} | ON),
+    "auto rate": (dmgen.GDCpp, {}, {"learning_rate": "auto", "step_kl": 0.003} | ON),
+    "8 steps a batch": (dmgen.GDCpp, {}, {"reuse": 8} | ON),
+    "4 steps a batch, 10 % base": (dmgen.GDCpp, {}, {"reuse": 4, "base_share": 0.1} | ON),
+    "batch 128": (dmgen.GDCpp, {}, {"batch_size": 128} | ON),
+    "batch 128, averaged": (dmgen.GDCpp, {}, {"batch_size": 128, "average_decay": 0.95} | ON),
+}
+BIOS_SECONDS, BIOS_EVERY, BIOS_RATE = 160, 4, 1.5e-4
+SUBSET = ON | {"backward_size": 160}
+BIOS: dict[str, Setting] = {
+    "GDC++": (dmgen.GDCpp, {}, {}),
+    "GDC": (dmgen.GDC, {}, {}),
+    "on-policy": (dmgen.GDCpp, {}, ON),
+    "backward on 160": (dmgen.GDCpp, {}, SUBSET),
+    "backward on 160, averaged": (dmgen.GDCpp, {}, SUBSET | {"average_decay": 0.95}),
+    "auto rate": (dmgen.GDCpp, {}, SUBSET | {"learning_rate": "auto", "step_kl": 0.01}),
+    "VarGrad": (dmgen.VarGrad, {}, SUBSET),
+    "JS": (dmgen.FDPG, {"divergence": "js"}, SUBSET),
+}
+
+
+def run_rare(name: str, seed: int) -> dict[str, Any]:
+    """One run on the rare target: exact KL(p‖π) after every RARE_EVERY texts."""
+    target = worlds.pointwise(WORD)
+    exact = target.exact()
+    kind, options, settings = RARE[name]
+    config = dmgen.TrainerConfig(
+        **({"batch_size": RARE_BATCH, "learning_rate": 0.05, "warmup_steps": 0, "seed": seed}
+           | settings)
+    )  # fmt: skip
+    policy = target.base.copy()
+    sampler = kind(policy, target, config, **options)
+    curve = []
+    for _ in range(RARE_SAMPLES // RARE_EVERY):
+        sampler.train(RARE_EVERY // config.batch_size)
+        curve.append([sampler.n_drawn, sampler.seconds, exact.kl_target_policy(policy)])
+    return {"curve": curve, "base_rate": math.exp(exact.log_z)}
+
+
+def heldout(target: dmgen.EBM) -> tuple[dmgen.Samples, torch.Tensor, torch.Tensor, float]:
+    """Texts that p is judged on, log P of each, their weights (sum 1), and log Z."""
+    texts = target.base.sample(8192, seed=987)
+    log_score = target.log_score(texts, base_log_prob=texts.log_prob)
+    female = target.values(texts)["female"] == 1
+    rows = torch.cat([female.nonzero()[:, 0], (~female).nonzero()[: int(female.sum()), 0]])
+    log_w = log_score - texts.log_prob
+    log_z = log_weights.log_z(log_w)[0]
+    # Each of the two classes keeps the mass that it has under p.
+    share = torch.softmax(log_w, 0)[female].sum()
+    k = int(female.sum())
+    weights = torch.cat([torch.full((k,), share / k), torch.full((k,), (1 - share) / k)]).double()
+    return texts[rows], log_score[rows], weights, log_z
+
+
+def run_bios(name: str, seed: int) -> dict[str, Any]:
+    """One run on tiny-bios: KL(p‖π) on the held-out texts every few steps, for BIOS_SECONDS."""
+    target = bios_target()
+    judge, log_score, weights, log_z = heldout(target)
+    kind, options, settings = BIOS[name]
+    config = dmgen.TrainerConfig(
+        **({"batch_size": 512, "learning_rate": BIOS_RATE, "warmup_steps": 3, "seed": seed}
+           | settings)
+    )  # fmt: skip
+    policy = target.base.copy()
+    sampler = kind(policy, target, config, **options)
+    curve = []
+    while sampler.seconds < BIOS_SECONDS:
+        sampler.train(BIOS_EVERY)
+        kl = float(weights @ (log_score - policy.log_prob(judge))) - log_z
+        curve.append([sampler.n_drawn, sampler.seconds, kl])
+    scores = evaluate(policy, target, n_samples=1024, seed=seed + 1000)
+    return {
+        "curve": curve,
+        "moment": scores.moments[0].policy.value,
+        "kl_policy_base": scores.kl_policy_base.value,
+        "kl_target_policy": scores.kl_target_policy.value,
+    }
+
+
+_TARGETS: list[dmgen.EBM] = []
+
+
+def bios_target() -> dmgen.EBM:
+    """Half of the biographies about women, fitted once a process."""
+    if not _TARGETS:
+        base = dmgen.CausalLM.from_pretrained("tiny-bios")
+        female = dmgen.features.gender("female")
+        _TARGETS.append(dmgen.EBM.fit(base, [dmgen.Moment(female, 0.5)], seed=1))
+    return _TARGETS[0]
+
+
+PARTS = {"rare": (RARE, run_rare, 10), "bios": (BIOS, run_bios, 3)}
+
+
+def path_of(part: str, name: str, seed: int) -> Path:
+    slug = "".join(c if c.isalnum() else "-" for c in name.replace("+", "p").replace("%", "pc"))
+    return record.RESULTS / "beyond" / f"{part}-{slug}-{seed}.json"
+
+
+def run_all(part: str, share: int, n_shares: int) -> None:
+    """Runs what has no result file yet; `share` of `n_shares` processes side by side."""
+    settings, run, n_seeds = PARTS[part]
+    cells = [(name, seed) for seed in range(n_seeds) for name in settings]
+    for name, seed in tqdm(cells[share::n_shares]):
+        path = path_of(part, name, seed)
+        if not path.exists():
+            started = time.time()
+            result = {"part": part, "name": name, "seed": seed} | run(name, seed)
+            runs.write_json(path, result | {"wall": time.time() - started} | record.facts())
+
+
+def load(part: str) -> pd.DataFrame:
+    """One row a result file."""
+    files = sorted((record.RESULTS / "beyond").glob(f"{part}-*.json"))
+    return pd.DataFrame([json.loads(path.read_text(encoding="utf-8")) for path in files])
+
+
+def first_below(curve: list[list[float]], level: float, column: int) -> float:
+    """Samples (column 0) or seconds (1) at which KL first is at most `level`; inf if never."""
+    return next((point[column] for point in curve if point[2] <= level), math.inf)
+
+
+def table(part: str, frame: pd.DataFrame) -> str:
+    """Final KL(p‖π), and how soon GDC++'s final one was reached, in samples and in seconds."""
+    settings, _, _ = PARTS[part]
+    finals = {n: [c[-1][2] for c in frame[frame["name"] == n]["curve"]] for n in settings}
+    level = record.mean_interval(finals["GDC++"])[0]
+    reference = frame[frame["name"] == "GDC++"]["curve"].iloc[0][-1]
+    head = ["setting", "final KL(p‖π)", "− GDC++", "samples", "seconds", "reached in"]
+    head += ["moment", "KL(π‖a)", "KL spent beyond the least"] if part == "bios" else []
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in settings:
+        mine = frame[frame["name"] == name].sort_values("seed")
+        if mine.empty:
+            continue
+        gaps = [a - b for a, b in zip(finals[name], finals["GDC++"], strict=False)]
+        cells = [name, record.shown(finals[name], 3), record.shown(gaps, 3)]
+        for column in (0, 1):
+            reached = sorted(first_below(c, level, column) for c in mine["curve"])
+            middle = reached[len(reached) // 2]
+            cells.append("not" if math.isinf(middle) else f"{middle / reference[column]:.2f} x")
+        within = sum(math.isfinite(first_below(c, level, 0)) for c in mine["curve"])
+        cells.append(f"{within} of {len(mine)}")
+        if part == "bios":
+            cells += [record.shown(mine[k], 3) for k in ("moment", "kl_policy_base")]
+            cells.append(record.shown([_beyond(row) for _, row in mine.iterrows()], 3))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _beyond(row: pd.Series) -> float:
+    """KL(π‖a) less the least that its moment costs, KL(Bern(moment)‖Bern(base rate)), nats."""
+    m, rate = row["moment"], bios_target().base_moments["female"].value
+    least = m * math.log(m / rate) + (1 - m) * math.log((1 - m) / (1 - rate)) if m else 0.0
+    return float(row["kl_policy_base"] - least)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("part", choices=[*PARTS, "tables"])
+    parser.add_argument("--share", default="0/1", help="I/N: every N-th run, from the I-th on")
+    args = parser.parse_args()
+    if args.part == "tables":
+        for part in PARTS:
+            print(f"{part}\n\n{table(part, load(part))}\n")
+        return
+    share, n_shares = map(int, args.share.split("/"))
+    run_all(args.part, share, n_shares)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""What every result file says beside its figures, and small statistics for the tables."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lambda_fit import cpu_name
+from scipy import stats
+
+from dmgen import runs
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def facts() -> dict[str, Any]:
+    """Command, commit, hardware and versions of this very process."""
+    script = Path(sys.argv[0])
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {
+        "command": " ".join(["python", f"benchmarks/{script.name}", *sys.argv[1:]]),
+        "commit": commit.stdout.strip() or "unknown",
+        "hardware": {"cpus": os.cpu_count(), "cpu": cpu_name()},
+        "threads": os.environ.get("OMP_NUM_THREADS", "default"),
+        "versions": runs.versions(),
+    }
+
+
+def mean_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and half-width of its 95 % interval (Student's t over independent seeds)."""
+    x = np.asarray(values, dtype=float)
+    half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else 0.0
+    return float(x.mean()), float(half)
+
+
+def shown(values: Sequence[float], digits: int = 4) -> str:
+    """The mean with its interval, for a table."""
+    mean, half = mean_interval(values)
+    return f"{mean:.{digits}f} ± {half:.{digits}f}"
