@@ -58,7 +58,7 @@ RARE: dict[str, Setting] = {
     "batch 128": (dmgen.GDCpp, {}, {"batch_size": 128} | ON),
     "batch 128, averaged": (dmgen.GDCpp, {}, {"batch_size": 128, "average_decay": 0.95} | ON),
 }
-BIOS_SECONDS, BIOS_EVERY, BIOS_RATE = 160, 4, 1.5e-4
+BIOS_SECONDS, BIOS_EVERY, BIOS_RATE = 120, 4, 1.5e-4
 SUBSET = ON | {"backward_size": 160}
 BIOS: dict[str, Setting] = {
     "GDC++": (dmgen.GDCpp, {}, {}),
@@ -66,6 +66,16 @@ BIOS: dict[str, Setting] = {
     "on-policy": (dmgen.GDCpp, {}, ON),
     "backward on 160": (dmgen.GDCpp, {}, SUBSET),
     "backward on 160, averaged": (dmgen.GDCpp, {}, SUBSET | {"average_decay": 0.95}),
+    "batch 1,024, backward on 320, averaged": (
+        dmgen.GDCpp,
+        {},
+        ON | {"batch_size": 1024, "backward_size": 320, "average_decay": 0.95},
+    ),
+    "2 steps a batch, averaged": (
+        dmgen.GDCpp,
+        {},
+        SUBSET | {"average_decay": 0.95, "reuse": 2, "learning_rate": 1e-4},
+    ),
     "auto rate": (dmgen.GDCpp, {}, SUBSET | {"learning_rate": "auto", "step_kl": 0.01}),
     "VarGrad": (dmgen.VarGrad, {}, SUBSET),
     "JS": (dmgen.FDPG, {"divergence": "js"}, SUBSET),
