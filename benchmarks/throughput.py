@@ -1,0 +1,222 @@
+"""Seconds of each phase of a gradient step, beside the plain way and the arithmetic floor.
+
+    python benchmarks/smollm2.py models/smollm2
+    python benchmarks/throughput.py models/smollm2      # about ten minutes on two cores
+    python benchmarks/throughput.py tiny-bios --texts 512 --prompt ""
+
+Phases: draw N texts of the policy with log-probabilities, score them under the base, forward and
+backward of the policy, and the whole step with features, weights, optimiser and diagnostics.
+
+- dmgen: as `Trainer` does it, in float32 and in bfloat16 (float32 master weights).
+- plain: transformers' `generate` with `output_scores`, a log-softmax of all scores, a log-softmax
+  of all logits for scoring and for the gradient, micro-batches of the same size, Adam.
+- floor: the matrix products of the phase alone, each shape measured in this very run, backward
+  counted as twice forward; nothing can be faster with this arithmetic on this machine.
+
+All variants take turns, so that a busy machine slows all of them: read ratios, not seconds. The
+peak of memory is that of a fresh process for each batch size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import record
+import torch
+from tqdm import tqdm
+
+import dmgen
+from dmgen import runs
+from dmgen.models.causal import CausalLM
+
+LENGTH, MICRO_BATCH = 40, 32
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PHASES = ("sample", "score", "backward", "step")
+
+
+def long_words(model: CausalLM, prompt: str) -> dmgen.EBM:
+    """A target with one feature that costs next to nothing."""
+    long = dmgen.feature(lambda text: len(text) > 150, name="long")
+    return dmgen.EBM(model, [dmgen.Moment(long, 0.5)], [0.5], prompt=prompt, max_new_tokens=LENGTH)
+
+
+def dmgen_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callable[[], Any]]:
+    """The phases as dmgen takes them."""
+    base = dmgen.CausalLM.from_pretrained(name, dtype=DTYPES[dtype], max_new_tokens=LENGTH)
+    policy = base.copy()
+    samples = base.sample(n, prompt=prompt, seed=0)
+    config = dmgen.TrainerConfig(
+        batch_size=n, micro_batch_size=MICRO_BATCH, proposal_rule="policy", learning_rate=1e-7
+    )
+    sampler = dmgen.GDCpp(policy, long_words(base, prompt), config)
+
+    def backward() -> None:
+        for part in torch.split(torch.arange(n), MICRO_BATCH):
+            policy.log_prob(samples[part], grad=True).sum().backward()
+
+    return {
+        "sample": lambda: policy.sample(n, prompt=prompt, seed=1),
+        "score": lambda: base.log_prob(samples),
+        "backward": backward,
+        "step": lambda: sampler.train(1),
+    }
+
+
+def plain_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callable[[], Any]]:
+    """The phases as one writes them with transformers alone; bf16 by autocast, as is usual."""
+    base = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH)
+    policy = base.copy()
+    tokenizer, start = base.tokenizer, base._prompt_ids(prompt, LENGTH)
+    optimizer = torch.optim.Adam(policy.parameters(), lr=1e-7)
+    autocast = torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == "bf16")
+    inputs = start.expand(n, -1)
+    tokens = base.sample(n, prompt=prompt, seed=0).tokens.to(base.device)
+
+    def sample() -> None:
+        with torch.no_grad(), autocast:
+            out = policy.model.generate(
+                inputs, attention_mask=torch.ones_like(inputs), do_sample=True, top_k=0, top_p=1.0,
+                temperature=1.0, max_new_tokens=LENGTH, min_new_tokens=LENGTH,
+                pad_token_id=tokenizer.eos_token_id, output_scores=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+            drawn = out.sequences[:, inputs.shape[1] :]
+            log_probs = torch.stack([s.float().log_softmax(-1) for s in out.scores], 1)
+            log_probs.gather(-1, drawn[..., None]).sum((1, 2))
+
+    def log_prob(model: CausalLM, rows: torch.Tensor) -> torch.Tensor:
+        chosen = tokens[rows]
+        ids = torch.cat([start.expand(len(rows), -1), chosen[:, :-1]], 1)
+        with autocast:
+            logits = model.model(ids, use_cache=False).logits[:, -LENGTH:]
+        return logits.float().log_softmax(-1).gather(-1, chosen[..., None]).sum((1, 2))
+
+    def score() -> None:
+        with torch.no_grad():
+            for rows in torch.split(torch.arange(n), MICRO_BATCH):
+                log_prob(base, rows)
+
+    def backward() -> None:
+        for rows in torch.split(torch.arange(n), MICRO_BATCH):
+            log_prob(policy, rows).sum().backward()
+
+    def step() -> None:
+        sample()
+        score()
+        backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return {"sample": sample, "score": score, "backward": backward, "step": step}
+
+
+def floor_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callable[[], Any]]:
+    """The matrix products of each phase, a call of each distinct shape timed and multiplied."""
+    model = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH).model
+    shapes = Counter(
+        tuple(m.weight.shape) if isinstance(m, torch.nn.Linear) else tuple(m.weight.T.shape)
+        for m in model.modules()
+        if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"
+    )
+
+    def products(rows: int) -> float:
+        total = 0.0
+        for (out, width), count in shapes.items():
+            x, w = (torch.randn(r, width).to(DTYPES[dtype]) for r in (rows, out))
+            torch.nn.functional.linear(x, w)
+            started = time.perf_counter()
+            torch.nn.functional.linear(x, w)
+            total += count * (time.perf_counter() - started)
+        return total
+
+    def floor() -> dict[str, float]:
+        decode, whole = LENGTH * products(n), products(n * LENGTH // 4) * 4
+        return {"sample": decode, "score": whole, "backward": 3 * whole,
+                "step": decode + 4 * whole}  # fmt: skip
+
+    return {"floor": floor}
+
+
+def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds by variant and phase, a number a round; the first round warms up and is dropped."""
+    makers = {"dmgen": dmgen_phases, "plain": plain_phases}
+    variants = {f"{m} {d}": make(name, d, n, prompt) for m, make in makers.items() for d in DTYPES}
+    floors = {f"floor {d}": floor_phases(name, d, n, prompt)["floor"] for d in DTYPES}
+    seconds: dict[str, dict[str, list[float]]] = {v: {p: [] for p in PHASES}
+                                                  for v in [*variants, *floors]}  # fmt: skip
+    for i in tqdm(range(rounds + 1)):
+        for phase in PHASES:
+            for variant, phases in variants.items():
+                started = time.perf_counter()
+                phases[phase]()
+                if i:
+                    seconds[variant][phase].append(time.perf_counter() - started)
+        for variant, floor in floors.items():
+            for phase, value in floor().items():
+                if i:
+                    seconds[variant][phase].append(value)
+    return seconds
+
+
+def peak(name: str, n: int, prompt: str) -> int:
+    """Bytes of the largest resident set of a process that takes one step of n texts."""
+    command = [sys.executable, __file__, name, "--texts", str(n), "--prompt", prompt, "--peak"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def table(result: dict[str, Any]) -> str:
+    """Median seconds by phase, with the range, and the ratios that matter."""
+    lines = ["| variant | " + " | ".join(PHASES) + " |", "|---" * (1 + len(PHASES)) + "|"]
+    middle = {v: {p: statistics.median(x) for p, x in by.items()}
+              for v, by in result["seconds"].items()}  # fmt: skip
+    for variant, by_phase in result["seconds"].items():
+        cells = [f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in
+                 by_phase.values()]  # fmt: skip
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    for own, other in (("dmgen fp32", "plain fp32"), ("dmgen bf16", "plain bf16"),
+                       ("dmgen bf16", "floor bf16")):  # fmt: skip
+        cells = [f"{middle[other][p] / middle[own][p]:.2f}" for p in PHASES]
+        lines.append(f"| {other} / {own} | " + " | ".join(cells) + " |")
+    peaks = ", ".join(f"{n} texts {b / 2**30:.2f} GiB" for n, b in result["peak_bytes"].items())
+    return "\n".join([*lines, "", f"Peak memory of a step in bf16, micro-batch {MICRO_BATCH}: "
+                      f"{peaks}."])  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--texts", type=int, default=128)
+    parser.add_argument("--prompt", default="It was")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--peak", action="store_true", help="one step, then print the peak memory")
+    args = parser.parse_args()
+    if args.peak:
+        dmgen_phases(args.model, "bf16", args.texts, args.prompt)["step"]()
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        return
+    result = record.facts() | {
+        "texts": args.texts,
+        "length": LENGTH,
+        "torch_threads": torch.get_num_threads(),
+        "peak_bytes": {n: peak(args.model, n, args.prompt) for n in (args.texts, 8 * args.texts)},
+        "seconds": measure(args.model, args.texts, args.prompt, args.rounds),
+    }
+    print(table(json.loads(json.dumps(result))))
+    label = args.model.rstrip("/").split("/")[-1].replace("-", "_")
+    runs.write_json(record.RESULTS / f"throughput_{label}.json", result)
+
+
+if __name__ == "__main__":
+    main()
