@@ -12,6 +12,7 @@ all texts; the seeds differ in the texts drawn, and a pair of methods is compare
 from __future__ import annotations
 
 import argparse
+import json
 from typing import Any
 
 import record
@@ -82,6 +83,7 @@ def table(result: dict[str, Any]) -> str:
 def plot(result: dict[str, Any], path: str) -> None:
     """The same as a picture, one panel a task."""
     import matplotlib.pyplot as plt
+    from matplotlib import ticker
 
     figure, axes = plt.subplots(1, len(TASKS), figsize=(10, 4), layout="constrained")
     sizes = sorted({row["batch_size"] for row in result["rows"]})
@@ -94,7 +96,8 @@ def plot(result: dict[str, Any], path: str) -> None:
             axis.errorbar(sizes, means, yerr=halves, label=method, marker="o", capsize=3)
         axis.set(xscale="log", yscale="log", title=task, xlabel="texts a step")
         axis.set_xticks(sizes, [str(n) for n in sizes])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
+        axis.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     axes[0].set_ylabel("exact KL(p‖π) at the end, nats")
     axes[0].legend()
     figure.savefig(path, dpi=120)
@@ -105,7 +108,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--quick", action="store_true", help="two seeds, two batch sizes, no file")
+    parser.add_argument("--plot", action="store_true", help="only draw the picture again")
     args = parser.parse_args()
+    if args.plot:
+        file = record.RESULTS / "batch_size.json"
+        plot(json.loads(file.read_text(encoding="utf-8")), str(file.with_suffix(".png")))
+        return
     n_seeds, sizes = (2, (128, 1024)) if args.quick else (args.seeds, SIZES)
     cells = [(t, m, n, s) for s in range(n_seeds) for t in TASKS for n in sizes for m in METHODS]
     result = record.facts() | {

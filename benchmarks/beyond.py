@@ -8,11 +8,12 @@
 one of 1,000. All settings train on the same number of texts; KL(p‖π) is an exact sum after every
 few steps, and the table says after how many texts a setting has reached what GDC++ ends with.
 
-`bios`: all settings train for the same number of seconds of one core (OMP_NUM_THREADS=1). KL(p‖π) is estimated on one
-fixed set of texts that no setting trains on: fresh texts of the base, of which all that are about
-women count, and as many of the others, each with its weight under p. All settings share the set, so
-their differences are sharper than their errors. KL(π‖a) and the moment are those of 1,024 fresh
-texts of the policy at the end. Each result is a file; what is there is not run again.
+`bios`: all settings train for the same number of seconds of one core (OMP_NUM_THREADS=1). KL(p‖π)
+is estimated on one fixed set of texts that no setting trains on: fresh texts of the base, of which
+all that are about women count, and as many of the others, each with its weight under p. All
+settings share the set, so their differences are sharper than their errors. KL(π‖a) and the moment
+are those of 1,024 fresh texts of the policy at the end. Each result is a file; what is there is not
+run again.
 """
 
 from __future__ import annotations
@@ -55,6 +56,11 @@ RARE: dict[str, Setting] = {
     "auto rate": (dmgen.GDCpp, {}, {"learning_rate": "auto", "step_kl": 0.003} | ON),
     "8 steps a batch": (dmgen.GDCpp, {}, {"reuse": 8} | ON),
     "4 steps a batch, 10 % base": (dmgen.GDCpp, {}, {"reuse": 4, "base_share": 0.1} | ON),
+    "4 steps a batch, 50 % base, optimal": (
+        dmgen.GDCpp,
+        {},
+        {"reuse": 4, "base_share": 0.5, "baseline": "optimal"} | ON,
+    ),
     "batch 128": (dmgen.GDCpp, {}, {"batch_size": 128} | ON),
     "batch 128, averaged": (dmgen.GDCpp, {}, {"batch_size": 128, "average_decay": 0.95} | ON),
 }
@@ -155,7 +161,7 @@ def bios_target() -> dmgen.EBM:
     return _TARGETS[0]
 
 
-PARTS = {"rare": (RARE, run_rare, 10), "bios": (BIOS, run_bios, 3)}
+PARTS = {"rare": (RARE, run_rare, 7), "bios": (BIOS, run_bios, 3)}
 
 
 def path_of(part: str, name: str, seed: int) -> Path:
