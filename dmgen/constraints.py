@@ -393,9 +393,9 @@ def _to_array(raw: object) -> np.ndarray[Any, np.dtype[Any]] | None:
     return array if array.dtype.kind in "biuf" else None
 
 
-def _shorten(text: str) -> str:
-    return text if len(text) <= _QUOTE_LENGTH else text[: _QUOTE_LENGTH - 3] + "..."
+def _shorten(text: str, length: int = _QUOTE_LENGTH) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 def _describe(error: Exception) -> str:
-    return f"{type(error).__name__}: {_shorten(str(error))}"
+    return f"{type(error).__name__}: {_shorten(str(error), 5 * _QUOTE_LENGTH)}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -14,6 +14,7 @@ from dmgen import factor, log_weights
 from dmgen.constraints import Feature, Moment, Pointwise
 from dmgen.exact import Exact
 from dmgen.factor import Constraint, constraint_mean
+from dmgen.features.interop import reward_function
 from dmgen.models.base import LanguageModel, Samples
 from dmgen.moments import MomentFit
 from dmgen.score import Score
@@ -227,7 +228,10 @@ class EBM:
         Raises:
             FeatureError: a feature raises or returns something else than a finite number.
         """
-        keys = list(zip(samples.prompts, samples.texts, strict=True))
+        return self._values(samples.prompts, samples.texts)
+
+    def _values(self, prompts: Sequence[str], texts: Sequence[str]) -> dict[str, Tensor]:
+        keys = list(zip(prompts, texts, strict=True))
         new = list(dict.fromkeys(key for key in keys if key not in self._cache))
         if new:
             texts, prompts = [text for _, text in new], [prompt for prompt, _ in new]
@@ -269,6 +273,31 @@ class EBM:
         # A text that the base cannot say stays -inf; a masked one may hold anything.
         log_score = torch.where(possible, log_a + log_b, -math.inf)
         return log_weights.check_log_weights(log_score, "log P") if len(samples) else log_score
+
+    def as_reward(self, beta: float = 1.0, *, floor: float = -20.0) -> Callable[..., list[float]]:
+        """`r = β (Σ_j log b_j + λ·φ)` as a reward function of TRL's kind, one number a completion.
+
+        `E_π[r] − β KL(π‖a) = β log Z − β KL(π‖p)` for every π, so KL-regularised RL from this base
+        has p as its optimum: TRL's `RLOOTrainer` with this `beta` and `disable_dropout=True`.
+        (`GRPOTrainer` divides by the rewards' deviation and has another KL gradient.)
+
+        Args:
+            beta: the trainer's KL coefficient, > 0.
+            floor: rewards must be finite, so a violated hard constraint counts `floor`, nats, not
+                `-inf`; the optimum then gives violations at most `e^floor E_a[e^{λ·φ}] / Z`.
+
+        Source: Korbak, Elsahar, Kruszewski, Dymetman (2022), arXiv:2206.00761, section 3.
+        """
+
+        def log_factors(texts: list[str], prompts: list[str]) -> Tensor:
+            values = self._values(prompts, texts)
+            columns = [
+                factor.log_factor([c], torch.tensor([weight], dtype=torch.float64), values)
+                for c, weight in factor.with_lambdas(self.constraints, self.lambdas)
+            ]
+            return torch.stack(columns, dim=1)  # (N, J)
+
+        return reward_function(log_factors, beta=beta, floor=floor)
 
     def to_dict(self) -> dict[str, Any]:
         """What defines the target beside its base, in plain types: names, targets, λ, prompt."""

@@ -30,7 +30,8 @@ def wordlist(
     Words match whole ("art" is not in "party"; it is in "state-of-the-art"), phrases with any
     white space between their words. dmgen's own lexicons were written to hit sentences of
     biographies on their topic: art, business, military, music, politics, religion, royalty,
-    science, sports.
+    science, sports. One more, insults, is a sober list of words that abuse a person: a floor for
+    toxicity, blind to threats, irony and slurs against groups, and no judge of quotations.
 
     Args:
         words: the name of one of these lexicons, or words and phrases of your own.

@@ -10,6 +10,7 @@ from dmgen import features
 LEXICONS = [
     "art",
     "business",
+    "insults",
     "military",
     "music",
     "politics",
@@ -58,6 +59,7 @@ class TestLexicons:
         [
             ("art", "He became a painter in Paris."),
             ("business", "He ran a department store with his brother."),
+            ("insults", "What an idiot, he said."),
             ("military", "His regiment was sent to the front."),
             ("music", "Their second album sold well."),
             ("politics", "She stood as a candidate for mayor."),

@@ -1,0 +1,108 @@
+"""The decision that all classifiers share: does a text have the label that is asked for?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+__all__ = ["Threshold", "Wanted", "label_name", "wanted"]
+
+# "argmax": the most probable label is wanted; a number: P(wanted) reaches it; None: P itself.
+Threshold = float | Literal["argmax"] | None
+
+# How far the scores of a text may be from summing to 1: float32 rounding over many labels.
+_SUM_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which columns of a table of label scores are wanted, and when they are won."""
+
+    columns: tuple[int, ...]
+    threshold: Threshold
+
+    @property
+    def binary(self) -> bool:
+        """Whether the answer is yes or no, not a probability."""
+        return self.threshold is not None
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        """The answer for each text, `(N,)`: bool, or float64 if there is no threshold.
+
+        Args:
+            scores: probability of each label, `(N, C)`.
+
+        Raises:
+            ValueError: several labels are wanted together, but scores do not sum to 1.
+        """
+        columns = list(self.columns)
+        if self.threshold == "argmax":
+            best = scores.argmax(dim=1, keepdim=True)  # (N, 1)
+            return (best == scores.new_tensor(columns).long()).any(dim=1)
+        together = scores[:, columns].sum(dim=1).double()  # (N,)
+        off = (scores.sum(dim=1) - 1).abs()
+        if len(columns) > 1 and bool((off > _SUM_TOLERANCE).any()):
+            raise ValueError(
+                f"the scores of a text's labels are off a sum of 1 by {off.max().item():.2g}, so "
+                "the labels do not exclude one another and have no probability together: ask for "
+                'one label, or use threshold="argmax"'
+            )
+        return together if self.threshold is None else together >= self.threshold
+
+
+def wanted(label: object, known: Sequence[object], threshold: Threshold) -> Wanted:
+    """The decision for one label, or for several as a list, tuple or set.
+
+    Args:
+        label: what a text must be.
+        known: the labels that the classifier tells apart, in the order of its scores.
+        threshold: as in `Threshold`, a number in (0, 1].
+
+    Raises:
+        TypeError: threshold is of none of the three kinds.
+        ValueError: a label is not known or is one of two of that name, none or every one is
+            wanted, or threshold is out of range.
+    """
+    labels = _several(label)
+    for one in labels:
+        if known.count(one) != 1:
+            twice = "twice " if one in known else ""
+            raise ValueError(
+                f"label {one!r} is {twice or 'not '}among those of the classifier: "
+                f"{', '.join(map(repr, known))}"
+            )
+    columns = tuple(sorted({known.index(one) for one in labels}))
+    _check_threshold(threshold)
+    # A single score that is compared with a threshold, or taken as it is, says something.
+    if not columns or (len(columns) == len(known) and (len(known) > 1 or threshold == "argmax")):
+        raise ValueError(
+            f"label {label!r} is {'every' if columns else 'no'} label of the classifier, so all "
+            f"texts would be alike; there are {', '.join(map(repr, known))}"
+        )
+    return Wanted(columns, threshold)
+
+
+def label_name(label: object) -> str:
+    """What a feature is called after its label: "positive", "positive or very positive"."""
+    return " or ".join(map(str, _several(label)))
+
+
+def _several(label: object) -> list[object]:
+    if isinstance(label, set | frozenset):
+        return sorted(label, key=str)
+    return list(label) if isinstance(label, list | tuple) else [label]
+
+
+def _check_threshold(threshold: object) -> None:
+    if threshold is None or threshold == "argmax":
+        return
+    if not isinstance(threshold, int | float) or isinstance(threshold, bool):
+        raise TypeError(
+            'threshold is "argmax" (the most probable label), a number, or None (the probability '
+            f"itself), got {threshold!r}"
+        )
+    if not 0 < threshold <= 1:  # NaN is neither
+        raise ValueError(f"threshold is a probability in (0, 1], got {threshold!r}")
