@@ -10,6 +10,13 @@ from dmgen.models.causal import CausalLM
 from dmgen.models.tabular import TabularLM
 from dmgen.moments import MomentFit, MomentsUnreachable
 from dmgen.samplers.config import TrainerConfig
+from dmgen.samplers.kl_control import KLControl
+from dmgen.samplers.monte_carlo import (
+    ImportanceResampling,
+    MetropolisHastings,
+    QuasiRejection,
+    Rejection,
+)
 from dmgen.samplers.policy_gradient import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
 from dmgen.score import Score
 
@@ -25,13 +32,18 @@ __all__ = [
     "Feature",
     "FeatureError",
     "GDCpp",
+    "ImportanceResampling",
+    "KLControl",
     "LanguageModel",
+    "MetropolisHastings",
     "Moment",
     "MomentFit",
     "MomentsUnreachable",
     "Pointwise",
+    "QuasiRejection",
     "Reinforce",
     "ReinforceP",
+    "Rejection",
     "Samples",
     "Score",
     "TabularLM",

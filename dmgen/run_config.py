@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
+from functools import cache
+from inspect import signature
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -14,17 +16,23 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import numpy as np
 import torch
 import yaml
+from torch import Tensor
 
 from dmgen import features, runs
 from dmgen.constraints import Feature, Moment, Pointwise
 from dmgen.ebm import EBM
 from dmgen.models.base import LanguageModel
+from dmgen.models.causal import CausalLM
 from dmgen.samplers.config import TrainerConfig
-from dmgen.samplers.policy_gradient import DPG, GDC, GDCpp
+from dmgen.samplers.kl_control import KLControl
+from dmgen.samplers.policy_gradient import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
 from dmgen.samplers.trainer import Trainer
 from dmgen.score import Score
 
-SAMPLERS: dict[str, type[Trainer]] = {"DPG": DPG, "GDC": GDC, "GDCpp": GDCpp}
+SAMPLERS: dict[str, type[Trainer]] = {
+    kind.__name__: kind
+    for kind in (DPG, GDC, GDCpp, FDPG, VarGrad, Reinforce, ReinforceP, KLControl)
+}
 DTYPES = ("float32", "bfloat16", "float16")
 _CONSTRAINT_KEYS = ("pointwise", "moment", "target", "given")
 _CONSTRAINT_FORMS = (
@@ -71,6 +79,8 @@ class RunConfig:
         prompt: the text before every text.
         max_new_tokens: the longest text, in tokens.
         method: a name in `SAMPLERS`.
+        method_options: what the method takes beside the trainer's settings, such as
+            `{divergence: js}` for FDPG or `{kl_coefficient: 0.1}` for KLControl.
         n_steps: gradient steps in all.
         fit, trainer, evaluate: settings of the three stages. A run writes a checkpoint every 25
             steps unless `trainer.checkpoint_every` says otherwise.
@@ -87,6 +97,7 @@ class RunConfig:
     prompt: str = ""
     max_new_tokens: int = 40
     method: str = "GDCpp"
+    method_options: Mapping[str, Any] = field(default_factory=dict)
     n_steps: int = 300
     fit: FitConfig = field(default_factory=FitConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(checkpoint_every=25))
@@ -100,7 +111,9 @@ class RunConfig:
         if not self.base:
             raise ValueError('base must name a model: "tiny-bios", a folder, or a hub id')
         _at_least(1, max_new_tokens=self.max_new_tokens, n_steps=self.n_steps)
+        object.__setattr__(self, "method_options", _plain(self.method_options))
         _one_of(tuple(SAMPLERS), method=self.method)
+        _check_options(self.method, self.method_options)
         _one_of((None, *DTYPES), dtype=self.dtype)
         if self.device is not None:
             try:
@@ -158,8 +171,7 @@ class RunConfig:
 
     def to_yaml(self) -> str:
         """`to_mapping` as YAML text, which `load` reads."""
-        # Escaped where it is not ASCII: PyYAML reads some line breaks of Unicode as blanks.
-        return str(yaml.safe_dump(self.to_mapping(), sort_keys=False))
+        return runs.as_yaml(self.to_mapping())
 
     def build_constraints(self) -> list[Pointwise | Moment]:
         """The constraints as objects, in order."""
@@ -200,7 +212,33 @@ def load_target(folder: Path, config: RunConfig, base: LanguageModel) -> EBM:
     path = folder / "target.json"
     if not path.is_file():
         raise ValueError(f"there is no target in {folder}: {path} is missing")
+    return _target(json.loads(path.read_text(encoding="utf-8")), config, base, str(path))
+
+
+def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM:
+    """The target of a published policy, from the `dmgen.json` beside its weights.
+
+    Args:
+        folder: a `policy/` that a run has left, or a copy of it.
+        base: the model that it was trained from; None loads the one that the file names.
+
+    Raises:
+        ValueError: there is no `dmgen.json`, or it contradicts itself; the base cannot be loaded.
+    """
+    path = Path(folder) / "dmgen.json"
+    if not path.is_file():
+        raise ValueError(f"there is no dmgen.json in {folder}: give the policy/ of a finished run")
     facts = json.loads(path.read_text(encoding="utf-8"))
+    config = RunConfig.from_mapping(facts["config"])
+    if base is None:
+        base = CausalLM.from_pretrained(
+            config.base, device=config.device, max_new_tokens=config.max_new_tokens
+        )
+    return _target(facts["target"], config, base, str(path))
+
+
+def _target(facts: Mapping[str, Any], config: RunConfig, base: LanguageModel, path: str) -> EBM:
+    """The target that `facts` describe, as `save_target` wrote them."""
     lambdas = [float(row["lambda"]) for row in facts["constraints"] if "lambda" in row]
     target = EBM(
         base,
@@ -212,10 +250,27 @@ def load_target(folder: Path, config: RunConfig, base: LanguageModel) -> EBM:
     # Through JSON, which has no tuples.
     asked = json.loads(json.dumps(target.to_dict()))
     if any(facts[key] != value for key, value in asked.items()):
-        raise ValueError(f"{path} holds another target than {folder / 'config.yaml'} asks for")
+        raise ValueError(f"{path} holds another target than its configuration asks for")
     target.log_z = Score(**facts["log_z"]) if facts["log_z"] else None
     target.base_moments = {name: Score(**score) for name, score in facts["base_moments"].items()}
     return target
+
+
+@cache
+def _embedder(name: str) -> Callable[[Sequence[str]], Tensor]:
+    """What turns texts into the hidden states that a classifier's head reads; loaded when asked."""
+    return CausalLM.from_pretrained(name).embed
+
+
+def _check_options(method: str, options: Any) -> None:
+    """Refuses options that the method does not take."""
+    _need_mapping(options, "method_options")
+    parameters = signature(SAMPLERS[method]).parameters.values()
+    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "proposal"]
+    for key in options:
+        if key not in known:
+            there_are = f"there are {', '.join(known)}" if known else "there are none"
+            raise ValueError(f"{method} takes no option {key!r}: {there_are}")
 
 
 def _constraint(entry: Any, where: str) -> Pointwise | Moment:
@@ -230,15 +285,15 @@ def _constraint(entry: Any, where: str) -> Pointwise | Moment:
             if len(entry) > 1:
                 extra = ", ".join(key for key in entry if key != "pointwise")
                 raise ValueError(f"pointwise holds for every text and takes no {extra}")
-            return Pointwise(features.from_config(entry["pointwise"]))
+            return Pointwise(features.from_config(entry["pointwise"], embed=_embedder))
         if "target" not in entry:
             raise ValueError("a moment needs its target: a number, or an interval [low, high]")
         target, given = entry["target"], entry.get("given")
         edges: Any = [_number(v) for v in target] if isinstance(target, list) else _number(target)
         return Moment(
-            features.from_config(entry["moment"]),
+            features.from_config(entry["moment"], embed=_embedder),
             edges,
-            given=None if given is None else features.from_config(given),
+            given=None if given is None else features.from_config(given, embed=_embedder),
         )
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError

@@ -6,7 +6,8 @@ metrics.jsonl          a row a step
 evaluations.jsonl      evaluations on fresh samples
 samples.jsonl          texts before and after
 checkpoints/step-N/    all that going on needs: state.json, tensors.safetensors
-policy/                the result, a Hugging Face folder
+policy/                the result, a Hugging Face folder with its model card and dmgen.json
+report.html            all of it on one page
 """
 
 from __future__ import annotations
@@ -100,9 +101,13 @@ def write_json(path: Path, value: Any) -> None:
 def write_config(folder: Path, config: Mapping[str, Any]) -> None:
     """Writes `config.yaml`, with the versions it ran under in a comment."""
     facts = "".join(f"# {name} {value}\n" for name, value in versions().items())
+    write_text(folder / "config.yaml", facts + as_yaml(config))
+
+
+def as_yaml(config: Mapping[str, Any]) -> str:
+    """Plain values as YAML text."""
     # Escaped: YAML reads some characters, such as \x85, back as blanks.
-    body = yaml.safe_dump(dict(config), sort_keys=False)
-    write_text(folder / "config.yaml", facts + body)
+    return str(yaml.safe_dump(dict(config), sort_keys=False))
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

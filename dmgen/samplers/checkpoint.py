@@ -27,16 +27,17 @@ def save(sampler: Trainer, folder: Path) -> None:
         tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
     if sampler.since_change:
         tensors["since_change"] = torch.cat(sampler.since_change, dim=1)
+    tensors |= {f"own.{k}": v for k, v in sampler.own_state.items()}
     tensors["generator"] = sampler.generator.get_state()
     facts = {
         "sampler": type(sampler).__name__,
+        "divergence": sampler.divergence,
         "config": asdict(sampler.config),
         "target": sampler.target.to_dict(),
         "step": sampler.step,
         "samples": sampler.n_drawn,
         "seconds": sampler.seconds,
         "rate": sampler.rate,
-        "log_unit": sampler.log_unit,
         "z": asdict(sampler.z),
         "z_before": asdict(sampler.z_before),
         "z_round": asdict(sampler.z_round),
@@ -49,16 +50,29 @@ def load(sampler: Trainer, folder: Path) -> None:
     """Fills `sampler` and its policy, in place, from the last checkpoint of a run.
 
     Raises:
-        ValueError: there is no checkpoint, or it belongs to another method or target.
+        ValueError: there is no checkpoint, or it belongs to another method, divergence or target.
     """
     tensors, facts = runs.load_checkpoint(folder)
-    mine = {"sampler": type(sampler).__name__, "target": sampler.target.to_dict()}
+    mine = {
+        "sampler": type(sampler).__name__,
+        "divergence": sampler.divergence,
+        "target": sampler.target.to_dict(),
+    }
     for key, value in mine.items():
         if facts[key] != json.loads(json.dumps(value)):
             raise ValueError(
                 f"the checkpoint in {folder} has another {key}: {facts[key]}, not {value}"
             )
     groups = _by_prefix(tensors)
+    own = groups.get("own", {})
+    if own.keys() != sampler.own_state.keys():
+        raise ValueError(
+            f"the checkpoint in {folder} holds {sorted(own)} of the method's own, not "
+            f"{sorted(sampler.own_state)}: make the sampler with the options it was trained with"
+        )
+    with torch.no_grad():
+        for name, value in own.items():
+            sampler.own_state[name].copy_(value)
     sampler.policy.load_state_dict(groups["policy"])
     if "proposal" in groups:
         sampler.proposal = sampler.policy.copy()
@@ -76,7 +90,7 @@ def load(sampler: Trainer, folder: Path) -> None:
     sampler.since_change = [tensors["since_change"]] if "since_change" in tensors else []
     sampler.generator.set_state(tensors["generator"])
     sampler.step, sampler.n_drawn = facts["step"], facts["samples"]
-    for name in ("seconds", "rate", "log_unit"):
+    for name in ("seconds", "rate"):
         setattr(sampler, name, facts[name])
     for name in ("z", "z_before", "z_round"):
         setattr(sampler, name, ZPool(**facts[name]))

@@ -110,9 +110,22 @@ class ReinforceP(Trainer):
     method = "reinforce"
     default_proposal_rule = "policy"
 
+    def __init__(
+        self,
+        policy: Any,
+        target: EBM,
+        config: TrainerConfig | None = None,
+        *,
+        proposal: Any = None,
+    ) -> None:
+        super().__init__(policy, target, config, proposal=proposal)
+        # log of the unit, nats; NaN until it is known.
+        self.own_state["log_unit"] = torch.tensor(math.nan, dtype=torch.float64)
+
     def reward(self, values: dict[str, Tensor], log_score: Tensor) -> Tensor:
         """P(x) of each text up to the constant, `(N,)`."""
+        log_unit = self.own_state["log_unit"]
         possible = log_score[log_score > -math.inf]
-        if math.isnan(self.log_unit) and len(possible):
-            self.log_unit = float(possible.mean())
-        return torch.exp(log_score - self.log_unit)
+        if bool(log_unit.isnan()) and len(possible):
+            log_unit.copy_(possible.mean())
+        return torch.exp(log_score - log_unit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from dmgen.samplers.subset import inclusion_probabilities, systematic_sample
 from dmgen.samplers.z_pool import ZPool
 
 # Texts in one forward and backward pass unless the user says otherwise.
-_MICRO_BATCH = 64
+MICRO_BATCH = 64
 # learning_rate "auto": where it begins, how far it may move in a step, and on how many texts the
 # KL of a step is measured.
 _FIRST_RATE, _SLOWEST, _FASTEST, _N_MEASURED = 1e-5, 0.5, 1.3, 128
@@ -80,8 +81,6 @@ class Trainer:
         self.step = 0
         self.n_drawn = 0
         self.seconds = 0.0
-        # The unit that `ReinforceP` measures its reward in, nats, once it is known.
-        self.log_unit = math.nan
         # With learning_rate "auto", the peak step size by now.
         self.rate = _FIRST_RATE if config.learning_rate == "auto" else float(config.learning_rate)
         self.z = self.z_before = ZPool.from_score(target.log_z)
@@ -92,14 +91,22 @@ class Trainer:
         # (log-weights, log π − log q) of the texts drawn since the proposal was last replaced.
         self.since_change: list[Tensor] = []
         self.history: list[dict[str, Any]] = []
+        # What a method keeps beside the policy: checkpoints hold it, `resume` fills it in place.
+        self.own_state: dict[str, Tensor] = {}
         self.health = Health(config.batch_size)
 
-    def train(self, n_steps: int, out: str | Path | None = None) -> pd.DataFrame:
+    def train(
+        self,
+        n_steps: int,
+        out: str | Path | None = None,
+        *,
+        log: Callable[[dict[str, Any]], None] | None = None,
+    ) -> pd.DataFrame:
         """Takes `n_steps` more steps and returns the history of all so far, a row a step.
 
         With `out`, metrics, evaluations and checkpoints go there, the last one where it ends;
         `resume(out)` goes on from it. A run that is interrupted goes on from the last checkpoint
-        that `checkpoint_every` wrote.
+        that `checkpoint_every` wrote. `log` is called with each row of metrics.
 
         Raises:
             ValueError: `out` holds another run.
@@ -120,6 +127,8 @@ class Trainer:
                 self.history.append(row)
                 if folder is not None:
                     self._record(folder, row)
+                if log is not None and self.processes.is_main:
+                    log(row)
                 bar.set_postfix_str(_facts(row), refresh=False)
                 bar.update()
         finally:
@@ -258,7 +267,7 @@ class Trainer:
             rows, scale = systematic_sample(keep, u), scale / keep
         self.optimizer.zero_grad(set_to_none=True)
         own = rows[(rows >= self.rows.start) & (rows < self.rows.stop)]
-        for part in torch.split(own, config.micro_batch_size or _MICRO_BATCH):
+        for part in torch.split(own, config.micro_batch_size or MICRO_BATCH):
             log_pi = self.policy.log_prob(samples[part - self.rows.start], grad=True)
             if a is None:
                 seen[part] = log_pi.detach().cpu()

@@ -163,6 +163,9 @@ def test_resume_refuses_another_run(base, target, tmp_path):
     dmgen.GDC(base.copy(), target, config()).train(2, out=tmp_path)
     with pytest.raises(ValueError, match="another sampler"):
         dmgen.GDCpp(base.copy(), target, config()).resume(tmp_path)
+    dmgen.FDPG(base.copy(), target, config()).train(2, out=tmp_path / "js")
+    with pytest.raises(ValueError, match="another divergence: js, not tv"):
+        dmgen.FDPG(base.copy(), target, config(), divergence="tv").resume(tmp_path / "js")
     with pytest.raises(ValueError, match="already holds a run of 2 steps"):
         dmgen.GDC(base.copy(), target, config()).train(2, out=tmp_path)
     with pytest.raises(ValueError, match="no checkpoint"):

@@ -1,0 +1,256 @@
+"""The panels of the pages: which plots there are, and how to read each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dmgen.constraints import Pointwise
+from dmgen.metrics.verdicts import LEVEL, TOLERANCE
+from dmgen.report import plots
+from dmgen.report.markup import Markup, tag
+from dmgen.report.read import RunRecord, as_score, evaluations_frame, metrics_frame
+from dmgen.score import Score
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# What the metrics of training may hold of the noise in a step: column, title, how to read it.
+_NOISE = (
+    ("grad_variance", "Variance of the gradient", "Trace of the covariance over a batch."),
+    ("grad_norm", "Norm of the gradient", "Of the step, before any clipping."),
+    ("advantage_var", "Variance of the advantage", "Smaller is steadier; 0 if the policy is p."),
+    ("advantage_abs_mean", "Mean size of the advantage", "Mean of |A|; 0 if the policy is p."),
+    ("advantage_bias", "Size of the mean advantage", "|mean of A|; 0 in expectation for GDC++."),
+)
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A figure with its file name (without suffix), and how to read it."""
+
+    name: str
+    figure: Figure
+    title: str
+    caption: str
+
+
+def figures(panels: Iterable[Panel]) -> Markup:
+    """The panels side by side, each with its caption."""
+    return tag(
+        "div",
+        *(
+            tag(
+                "figure",
+                tag("img", src=plots.to_data_uri(p.figure), alt=f"{p.title}. {p.caption}"),
+                tag("figcaption", p.caption),
+            )
+            for p in panels
+        ),
+        class_="figures",
+    )
+
+
+def save_pngs(panels: Iterable[Panel], page: Path) -> list[Path]:
+    """Writes each panel as `<page>-<name>.png` next to the page."""
+    written = []
+    for panel in panels:
+        path = page.with_name(f"{page.stem}-{panel.name}.png")
+        path.write_bytes(plots.to_png(panel.figure))
+        written.append(path)
+    return written
+
+
+class Curves:
+    """The frames of some runs, and the panels that are drawn from them.
+
+    Args:
+        records: the runs.
+        names: (method, seed) of each; methods are colours, seeds make bands.
+    """
+
+    def __init__(self, records: Sequence[RunRecord], names: Sequence[tuple[str, Any]]) -> None:
+        self.records = records
+        self.metrics = metrics_frame(records, names)
+        if "advantage_mean" in self.metrics:
+            self.metrics["advantage_bias"] = self.metrics["advantage_mean"].abs()
+        self.evaluations = evaluations_frame(records, names)
+        self.colours = plots.palette(method for method, _ in names)
+        longest = max((len(record.metrics) for record in records), default=0)
+        self.window = max(1, longest // 20)
+
+    @property
+    def reading(self) -> str:
+        """How lines, bands and points are to be read."""
+        steps = f"the mean of the last {self.window} steps" if self.window > 1 else "a step each"
+        bands = "; band: from the lowest to the highest seed" if len(self.records) > 1 else ""
+        return (
+            f"Lines: training batches, {steps}{bands}. Points: measured on fresh texts, with "
+            "99 % intervals."
+        )
+
+    def moments(self) -> list[Panel]:
+        """A panel a feature: its mean under the policy, and what was asked."""
+        columns = [c for c in self.metrics if str(c).startswith("moment/")]
+        asked = {c.name: c for record in self.records for c in record.constraints}
+        bases = self.records[0].target.get("base_moments", {})
+        panels = []
+        for i, name in enumerate(str(c).removeprefix("moment/") for c in columns):
+            figure, ax = plots.panel(f"Mean of {name}")
+            if name in asked:
+                constraint = asked[name]
+                target = 1.0 if isinstance(constraint, Pointwise) else constraint.target
+                plots.draw_target(ax, target, tolerance=self._tolerance)
+            if name in bases:
+                plots.draw_level(ax, as_score(bases[name]).value, "base")
+            self._draw(ax, f"moment/{name}", measured=f"E[{name}]")
+            caption = "Dashed: what was asked, in the band that a verdict allows."
+            if name not in asked:
+                caption = "It is part of a condition; of itself nothing was asked of it."
+            panels.append(Panel(f"moment-{i + 1}", figure, f"Mean of {name}", caption))
+        return panels
+
+    def distance(self) -> Panel:
+        """KL(p‖π) of training and evaluations; beside KL(p‖q) if this is a single run."""
+        title = "Still missing: KL(p‖π), nats"
+        figure, ax = plots.panel(title)
+        least = self._least()
+        if least is not None:
+            plots.draw_level(ax, least.value, "base: KL(p‖a)")
+        single = len(self.records) == 1
+        if single and self._off_policy():
+            series = plots.palette(["policy", "proposal q"])
+            for column, label in zip(
+                ("kl_target_proposal", "kl_target_policy"), reversed(series), strict=True
+            ):
+                renamed = self.metrics.assign(method=label)
+                plots.draw_curves(ax, renamed, column, window=self.window, colours=series)
+            measured = self.evaluations.assign(method="policy")
+            plots.draw_points(ax, measured, "kl_target_policy", colours=series, label="measured")
+        else:
+            self._draw(ax, "kl_target_policy", measured="kl_target_policy")
+        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+        plots.finish(ax)
+        caption = "0 would be perfect. A batch of few effective texts gives a rough figure."
+        return Panel("kl-target-policy", figure, title, caption)
+
+    def paid(self) -> Panel | None:
+        """KL(π‖a) of the evaluations; None where there is none."""
+        if "kl_policy_base" not in self.evaluations:
+            return None
+        title = "Paid: KL(π‖a), nats"
+        figure, ax = plots.panel(title)
+        least = self._least()
+        if least is not None:
+            plots.draw_level(ax, least.value, "least: KL(p‖a)")
+        if self.evaluations["step"].nunique() > 1:
+            plots.draw_curves(ax, self.evaluations, "kl_policy_base", colours=self.colours)
+        plots.draw_points(
+            ax, self.evaluations, "kl_policy_base", colours=self.colours, label=self._measured
+        )
+        ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
+        plots.finish(ax)
+        caption = "Measured on fresh texts. The dotted line is the price of meeting all exactly."
+        return Panel("kl-policy-base", figure, title, caption)
+
+    def weights(self) -> list[Panel]:
+        """The effective sample size of a batch, and log Z with its error."""
+        title = "Effective texts in a batch (ESS)"
+        figure, ax = plots.panel(title)
+        self._draw(ax, "ess")
+        sizes = {r.config.trainer.batch_size for r in self.records if r.config}
+        sizes = sizes if len(sizes) == 1 else set()
+        for size in sizes:
+            plots.draw_level(ax, size, "batch size")
+        ax.set_ylim(bottom=0)
+        plots.finish(ax)
+        caption = "How many texts a batch is worth once weighted; all of them if q = p."
+        panels = [Panel("ess", figure, title, caption)]
+        title = "log Z, nats"
+        figure, ax = plots.panel(title)
+        self._draw(ax, "log_z", smooth=False)
+        if len(self.records) == 1 and "log_z_stderr" in self.metrics:
+            x, log_z = self.metrics["samples"], self.metrics["log_z"]
+            half = Score(0.0, 1.0, 1).interval(LEVEL)[1] * self.metrics["log_z_stderr"]
+            finite = np.isfinite(log_z) & np.isfinite(half)
+            ax.fill_between(
+                x[finite], (log_z - half)[finite], (log_z + half)[finite], alpha=0.18, linewidth=0
+            )
+        plots.finish(ax)
+        caption = "Pooled over all texts so far, with its 99 % interval; it should settle."
+        if len(self.records) > 1:
+            caption = "Pooled over all texts so far; it should settle."
+        return [*panels, Panel("log-z", figure, title, caption)]
+
+    def noise(self) -> list[Panel]:
+        """What the gradient's noise was, as far as it was recorded."""
+        panels = []
+        for column, title, caption in _NOISE:
+            if column not in self.metrics or not (self.metrics[column] > 0).any():
+                continue
+            figure, ax = plots.panel(title, log=True)
+            self._draw(ax, column)
+            panels.append(Panel(column.replace("_", "-"), figure, title, caption))
+        return panels
+
+    def finals(self, metrics: Iterable[tuple[str, str]], goals: dict[str, Any]) -> list[Panel]:
+        """The last evaluations beside each other, a panel a metric.
+
+        Args:
+            metrics: (name in the evaluations, title).
+            goals: what was asked, by name of the metric.
+        """
+        if self.evaluations.empty:
+            return []
+        last = self.evaluations[self.evaluations["final"]]
+        panels = []
+        for i, (metric, title) in enumerate(metrics):
+            rows = last["method"].nunique()
+            figure, ax = plots.panel(title, xlabel="", rows=rows + rows // 2)
+            if metric in goals:
+                plots.draw_target(ax, goals[metric], tolerance=self._tolerance, vertical=True)
+            plots.draw_intervals(ax, last, metric, colours=self.colours)
+            caption = "A point a seed, with its 99 % interval on fresh texts."
+            panels.append(Panel(f"final-{i + 1}", figure, title, caption))
+        return panels
+
+    @property
+    def _measured(self) -> str | None:
+        """The label of measured points: methods are told apart by their lines already."""
+        return "measured" if len(self.colours) == 1 else None
+
+    @property
+    def _tolerance(self) -> float:
+        found = [r.final["tolerance"] for r in self.records if r.final]
+        return float(found[0]) if found else TOLERANCE
+
+    def _draw(
+        self, ax: Axes, column: str, *, measured: str | None = None, smooth: bool = True
+    ) -> None:
+        """A column of the metrics, and the measured points that belong to it."""
+        plots.draw_curves(
+            ax, self.metrics, column, window=self.window if smooth else 1, colours=self.colours
+        )
+        if measured is not None:
+            plots.draw_points(
+                ax, self.evaluations, measured, colours=self.colours, label=self._measured
+            )
+        plots.finish(ax)
+
+    def _least(self) -> Score | None:
+        """KL(p‖a) of the fit, where all runs have about the same."""
+        fits = [r.target.get("moment_fit") or {} for r in self.records]
+        found = [fit["kl_target_base"] for fit in fits if "kl_target_base" in fit]
+        if not found or max(found) - min(found) > 0.1 * max(found):
+            return None
+        return Score(float(np.mean(found)), 0.0, 0)
+
+    def _off_policy(self) -> bool:
+        """Whether training texts came from another model than the policy."""
+        pair = self.metrics.reindex(columns=["kl_target_policy", "kl_target_proposal"]).dropna()
+        return not np.allclose(pair.iloc[:, 0], pair.iloc[:, 1], rtol=1e-3, atol=1e-6)

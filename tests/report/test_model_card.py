@@ -1,0 +1,47 @@
+"""The certificate of a policy, and the target that is made from it again."""
+
+import json
+
+import pytest
+import yaml
+
+from dmgen.report import write_model_card
+from dmgen.run_config import load_published
+
+
+def test_the_card_holds_the_verdicts_and_prices(make_run):
+    path = write_model_card(make_run("run"))
+    text = path.read_text(encoding="utf-8")
+    _, front, body = text.split("---\n", 2)
+    head = yaml.safe_load(front)
+    assert head["library_name"] == "transformers"
+    assert "base_model" not in head  # the embedded model is not on the hub
+    for shown in ("Half of the texts are about women", "not met", "0.327", "KL(π‖a)", "2.863",
+                  "fit 1, training 0, judging 2", "torch"):  # fmt: skip
+        assert shown in body
+
+
+def test_the_target_comes_back(make_run, plain_base):
+    folder = make_run("run")
+    write_model_card(folder)
+    target = load_published(folder / "policy", plain_base)
+    assert target.lambdas.tolist() == [2.863]
+    assert [m.name for m in target.moments] == ["female"]
+    assert target.log_z.value == 0.638
+    # A file that contradicts itself is refused.
+    path = folder / "policy" / "dmgen.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts["config"]["constraints"][0]["target"] = 0.4
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    with pytest.raises(ValueError, match="another target"):
+        load_published(folder / "policy", plain_base)
+
+
+def test_a_run_without_a_policy_has_no_card(make_run):
+    with pytest.raises(ValueError, match="not finished"):
+        write_model_card(make_run("run", verdict=None))
+
+
+def test_a_folder_without_the_file_is_refused(tmp_path, plain_base):
+    with pytest.raises(ValueError, match=r"no dmgen\.json"):
+        load_published(tmp_path, plain_base)
