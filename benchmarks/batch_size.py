@@ -67,8 +67,14 @@ def finals(rows: list[dict[str, Any]], task: str, method: str, size: int) -> lis
 def table(result: dict[str, Any]) -> str:
     """Mean final KL(p‖π) by method, and paired differences, each with its 95 % interval."""
     rows = result["rows"]
+    hardware, versions = result["hardware"], result["versions"]
+    facts = (
+        f"`{result['command']}`, {result['n_samples']:,} texts a run, learning rate "
+        f"{result['learning_rate']}, seeds 0 to {result['seeds'] - 1}, a core of "
+        f"{hardware['cpu']}, torch {versions['torch']}. ± is the 95 % interval over seeds."
+    )
     head = ["task", "batch", *METHODS, *(f"{b} − {a}" for a, b in PAIRS)]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    lines = [facts, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for task in TASKS:
         for size in sorted({row["batch_size"] for row in rows}):
             by_method = {m: finals(rows, task, m, size) for m in METHODS}

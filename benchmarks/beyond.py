@@ -142,6 +142,7 @@ def run_bios(name: str, seed: int) -> dict[str, Any]:
         curve.append([sampler.n_drawn, seconds, kl])
     scores = evaluate(policy, target, n_samples=1024, seed=seed + 1000)
     return {
+        "base_rate": target.base_moments["female"].value,
         "curve": curve,
         "moment": scores.moments[0].policy.value,
         "kl_policy_base": scores.kl_policy_base.value,
@@ -182,9 +183,11 @@ def run_all(part: str, share: int, n_shares: int) -> None:
 
 
 def load(part: str) -> pd.DataFrame:
-    """One row a result file."""
+    """One row a result file, for the seeds that all settings share."""
     files = sorted((record.RESULTS / "beyond").glob(f"{part}-*.json"))
-    return pd.DataFrame([json.loads(path.read_text(encoding="utf-8")) for path in files])
+    frame = pd.DataFrame([json.loads(path.read_text(encoding="utf-8")) for path in files])
+    n_shared = frame.groupby("name")["seed"].nunique().min()
+    return frame[frame["seed"] < n_shared]
 
 
 def first_below(curve: list[list[float]], level: float, column: int) -> float:
@@ -192,9 +195,9 @@ def first_below(curve: list[list[float]], level: float, column: int) -> float:
     return next((point[column] for point in curve if point[2] <= level), math.inf)
 
 
-def table(part: str, frame: pd.DataFrame) -> str:
+def table(part: str) -> str:
     """Final KL(p‖π), and how soon GDC++'s final one was reached, in samples and in seconds."""
-    settings, _, _ = PARTS[part]
+    settings, frame = PARTS[part][0], load(part)
     finals = {n: [c[-1][2] for c in frame[frame["name"] == n]["curve"]] for n in settings}
     level = record.mean_interval(finals["GDC++"])[0]
     reference = frame[frame["name"] == "GDC++"]["curve"].iloc[0][-1]
@@ -217,12 +220,18 @@ def table(part: str, frame: pd.DataFrame) -> str:
             cells += [record.shown(mine[k], 3) for k in ("moment", "kl_policy_base")]
             cells.append(record.shown([_beyond(row) for _, row in mine.iterrows()], 3))
         lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    one = frame.iloc[0]
+    facts = (
+        f"`{one['command'].split(' --share')[0]}`, seeds 0 to {int(frame['seed'].max())}, a core "
+        f"of {one['hardware']['cpu']}, torch {one['versions']['torch']}. ± is the 95 % interval "
+        "over seeds."
+    )
+    return "\n".join([facts, "", *lines])
 
 
 def _beyond(row: pd.Series) -> float:
     """KL(π‖a) less the least that its moment costs, KL(Bern(moment)‖Bern(base rate)), nats."""
-    m, rate = row["moment"], bios_target().base_moments["female"].value
+    m, rate = row["moment"], row["base_rate"]
     least = m * math.log(m / rate) + (1 - m) * math.log((1 - m) / (1 - rate)) if m else 0.0
     return float(row["kl_policy_base"] - least)
 
@@ -234,7 +243,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.part == "tables":
         for part in PARTS:
-            print(f"{part}\n\n{table(part, load(part))}\n")
+            print(f"{part}\n\n{table(part)}\n")
         return
     share, n_shares = map(int, args.share.split("/"))
     run_all(args.part, share, n_shares)

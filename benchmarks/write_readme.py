@@ -14,6 +14,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import batch_size
+import beyond
 from lambda_fit import cpu_name
 from lambda_fit import table as lambda_table
 
@@ -71,18 +73,31 @@ def lambda_fit_table(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = {"demo": demo_table, "lambda_fit": lambda_fit_table}
+def read(name: str) -> dict[str, Any]:
+    """A result file."""
+    result: dict[str, Any] = json.loads(
+        (HERE / "results" / f"{name}.json").read_text(encoding="utf-8")
+    )
+    return result
+
+
+TABLES = {
+    "demo": lambda: demo_table(read("demo")),
+    "lambda_fit": lambda: lambda_fit_table(read("lambda_fit")),
+    "batch_size": lambda: batch_size.table(read("batch_size")),
+    "beyond_rare": lambda: beyond.table("rare"),
+    "beyond_bios": lambda: beyond.table("bios"),
+}
 
 
 def rebuilt(page: str) -> str:
     """The page with every table made anew from its result file."""
     for name, make in TABLES.items():
-        result = json.loads((HERE / "results" / f"{name}.json").read_text(encoding="utf-8"))
         begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         if page.count(begin) != 1 or page.count(end) != 1:
             raise ValueError(f"benchmarks/README.md needs one {begin.strip()} ... {end.strip()}")
         before, rest = page.split(begin)
-        page = before + begin + make(result) + end + rest.split(end)[1]
+        page = before + begin + make() + end + rest.split(end)[1]
     return page
 
 

@@ -226,8 +226,8 @@ def fit(
     for row in rows:
         needs = ", ".join(f"± {k}: {v:,}" for k, v in row["samples_for_stderr"].items())
         typer.echo(
-            f"{row['feature']}: seen in {row['hits']:,} of {row['n_samples']:,} texts. Texts that "
-            f"λ takes to an error of {needs}"
+            f"{row['feature']}: seen in {row['hits']:,} of {row['n_samples']:,} texts.\n"
+            f"Texts for an error of λ of {needs}"
         )
 
 

@@ -25,7 +25,7 @@ from dmgen.samplers.trainer import Trainer
 
 # Pairs of texts in samples.jsonl, and how many of them are shown.
 _N_PAIRS, _N_SHOWN = 32, 4
-_WRITTEN = (
+WRITTEN = (
     "config.yaml", "target.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl",
     "checkpoints", "policy", "report.html",
 )  # fmt: skip
@@ -81,7 +81,8 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
 
 def fit_target(config: RunConfig, base: dmgen.CausalLM, *, show: bool = True) -> dmgen.EBM:
     """Fits λ, and shows how."""
-    typer.echo(f"Fitting λ on {config.fit.n_samples:,} texts of the base ...", err=True)
+    if show:
+        typer.echo(f"Fitting λ on {config.fit.n_samples:,} texts of the base ...")
     target = dmgen.EBM.fit(base, config.build_constraints(), **fit_draw(config))
     if show:
         typer.echo(f"\n{target}\n")
@@ -128,9 +129,8 @@ def _train(
         seconds = (rows[-1]["seconds"] - rows[0]["seconds"]) / max(1, len(rows) - 1)
         minutes = seconds * (left - first) / 60
         typer.echo(
-            f"\nStep {sampler.step} of {config.n_steps}: about {minutes:.1f} minutes more "
+            f"Step {sampler.step} of {config.n_steps}: about {minutes:.1f} minutes more "
             f"({seconds:.1f} s a step).",
-            err=True,
         )
     sampler.train(config.n_steps - sampler.step, out, log=log)
 
@@ -196,7 +196,7 @@ def refuse_used(out: Path) -> None:
     """Raises if a new run in `out` would touch anything that is there."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder for the run, --out runs/NAME")
-    found = [name for name in _WRITTEN if (out / name).exists()]
+    found = [name for name in WRITTEN if (out / name).exists()]
     if found:
         begun = "config.yaml" in found and "policy" not in found
         raise ValueError(

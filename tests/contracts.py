@@ -102,16 +102,7 @@ def batch_size_changes_no_draw(model: Any, space: Samples, tolerance: float) -> 
 
 def padding_changes_nothing(model: Any, space: Samples, tolerance: float) -> None:
     expected = model.token_log_prob(space)
-    # Ids that no model has: what is masked must not even be looked up.
-    garbage = space.tokens.masked_fill(~space.mask, 10**9)
-    wide = Samples(
-        torch.nn.functional.pad(garbage, (0, 20), value=-5),
-        torch.nn.functional.pad(space.mask, (0, 20)),
-        space.log_prob,
-        space.texts,
-        space.prompts,
-    )
-    scored = model.token_log_prob(wide)
+    scored = model.token_log_prob(_padded(space))
     width = space.tokens.shape[1]
     torch.testing.assert_close(scored[:, :width], expected, rtol=0, atol=tolerance)
     assert (scored[:, width:] == 0).all()
@@ -123,6 +114,36 @@ def padding_changes_nothing(model: Any, space: Samples, tolerance: float) -> Non
     separate = torch.cat([model.log_prob(short), model.log_prob(long)])
     torch.testing.assert_close(model.log_prob(both), separate, rtol=0, atol=tolerance)
     assert (both.n_tokens[:40] == 1).all()
+
+
+def hidden_states_know_the_prefix_and_no_more(model: Any, space: Samples, tolerance: float) -> None:
+    states = model.hidden_states(space)
+    assert states.shape[:-1] == space.tokens.shape
+    assert not states.requires_grad
+    assert (states[~space.mask] == 0).all()
+    # States are of size 1, as the log-probabilities are, so their errors are as large at most.
+    of_prefix: dict[tuple[int, ...], torch.Tensor] = {}
+    for key, row in zip(_keys(space), states, strict=True):
+        for t in range(len(key)):
+            known = of_prefix.setdefault(key[:t], row[t])
+            torch.testing.assert_close(row[t], known, rtol=0, atol=tolerance)
+    # The token just before is known. (Of those further back a model may forget.)
+    for one, other in itertools.combinations(of_prefix, 2):
+        if len(one) == len(other) and one[-1:] != other[-1:]:
+            assert (of_prefix[one] - of_prefix[other]).abs().max() > 10 * tolerance
+
+
+def hidden_states_of_batches_and_padding(model: Any, space: Samples, tolerance: float) -> None:
+    expected = model.hidden_states(space)
+    order = torch.randperm(len(space), generator=torch.Generator().manual_seed(0))[:25]
+    for batch_size in (None, 1, 7):
+        states = model.hidden_states(space[order], batch_size=batch_size)
+        torch.testing.assert_close(states, expected[order], rtol=0, atol=tolerance)
+    wide = model.hidden_states(_padded(space))
+    width = space.tokens.shape[1]
+    torch.testing.assert_close(wide[:, :width], expected, rtol=0, atol=tolerance)
+    assert (wide[:, width:] == 0).all()
+    assert model.hidden_states(space[:0]).shape == expected[:0].shape
 
 
 def seed_and_generator_own_the_randomness(model: Any, space: Samples, tolerance: float) -> None:
@@ -214,6 +235,8 @@ CHECKS: list[Callable[[Any, Samples, float], None]] = [
     batches_score_like_single_texts,
     batch_size_changes_no_draw,
     padding_changes_nothing,
+    hidden_states_know_the_prefix_and_no_more,
+    hidden_states_of_batches_and_padding,
     seed_and_generator_own_the_randomness,
     frequencies_follow_the_probabilities,
     copy_is_independent_and_trainable,
@@ -253,6 +276,19 @@ def chi_square_p(samples: Samples, space: Samples, log_prob: torch.Tensor) -> fl
 def _draw(model: Any, space: Samples, n: int, *, seed: int | None = 0, **options: Any) -> Samples:
     options.setdefault("max_new_tokens", space.tokens.shape[1])
     return model.sample(n, prompt=space.prompts[0], seed=seed, **options)
+
+
+def _padded(space: Samples) -> Samples:
+    """The same texts with 20 more columns and, where masked, ids that no model has."""
+    # What is masked must not even be looked up.
+    garbage = space.tokens.masked_fill(~space.mask, 10**9)
+    return Samples(
+        torch.nn.functional.pad(garbage, (0, 20), value=-5),
+        torch.nn.functional.pad(space.mask, (0, 20)),
+        space.log_prob,
+        space.texts,
+        space.prompts,
+    )
 
 
 def _keys(samples: Samples) -> list[tuple[int, ...]]:

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 from typer.testing import CliRunner
 
 import dmgen
-from dmgen import cli, runs
-from dmgen.run_config import RunConfig
+from dmgen import cli, cli_run, runs
+from dmgen.run_config import RunConfig, load_published
 
 WORDS = [
     *["<eos>", "he", "she", "his", "her", "was", "is", "a", "the", "in", "of", "and", "born"],
@@ -116,7 +116,7 @@ def weights(out):
 class TestTrain:
     def test_the_folder(self, finished, model):
         out, _ = finished
-        assert {path.name for path in out.iterdir()} == set(cli._WRITTEN)
+        assert {path.name for path in out.iterdir()} == set(cli_run.WRITTEN)
         assert RunConfig.load(out / "config.yaml").base == str(model.resolve())
         assert "# torch " in (out / "config.yaml").read_text()
         assert [row["step"] for row in runs.read_rows(out / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -419,3 +419,69 @@ def test_help(command):
 
 def test_version():
     assert dmgen_command("--version").stdout == f"dmgen {dmgen.__version__}\n"
+
+
+class TestEvidence:
+    def test_fit_plans(self, config):
+        result = dmgen_command("fit", config, "fit.n_samples=400")
+        assert result.exit_code == 0, result.output
+        assert "female" in result.stdout
+        assert "of 400 texts" in result.stdout
+        found = json.loads(dmgen_command("fit", config, "--json").stdout)
+        (row,) = found["plan"]
+        assert row["n_samples"] == 200
+        assert 0 < row["hits"] < 200
+        # A fifth of the error takes 25 times the texts.
+        needs = row["samples_for_stderr"]
+        assert needs["0.02"] == pytest.approx(25 * needs["0.1"], rel=0.01)
+        wanted = 200 * (row["lambda_stderr"] / 0.1) ** 2
+        assert wanted <= needs["0.1"] <= wanted + 1
+
+    def test_report_and_compare(self, config, finished, tmp_path):
+        out, _ = finished
+        page = tmp_path / "page.html"
+        assert dmgen_command("report", out, "--out", page, "--png").exit_code == 0
+        assert page.is_file()
+        assert list(tmp_path.glob("page-*.png"))
+        other = tmp_path / "other"
+        assert dmgen_command("train", config, "--out", other, "trainer.seed=9").exit_code == 0
+        both = tmp_path / "both.html"
+        result = dmgen_command("compare", out, other, "--out", both)
+        assert result.exit_code == 0, result.output
+        assert "2 runs, 1 settings compared" in both.read_text(encoding="utf-8")
+
+    def test_wrong_arguments(self, config, finished, tmp_path):
+        refused(dmgen_command("report", tmp_path), "there is no run in")
+        refused(dmgen_command("compare", finished[0]), "two run folders at least")
+        refused(
+            dmgen_command("train", config, "--out", tmp_path / "x", "--track", "paper"),
+            "--track must be one of tensorboard",
+        )
+        refused(
+            dmgen_command("train", config, "--out", tmp_path / "x", "method_options.divergence=js"),
+            "GDCpp takes no option 'divergence'",
+        )
+
+    def test_the_policy_carries_its_certificate(self, finished):
+        folder = finished[0] / "policy"
+        assert "KL(π‖a)" in (folder / "README.md").read_text(encoding="utf-8")
+        target = load_published(folder)
+        kept = json.loads((finished[0] / "target.json").read_text(encoding="utf-8"))
+        assert [repr(x) for x in target.lambdas.tolist()] == [
+            row["lambda"] for row in kept["constraints"]
+        ]
+
+    @pytest.mark.parametrize(
+        ("method", "options"),
+        [
+            ("FDPG", ["method_options.divergence=tv"]),
+            ("KLControl", ["method_options.kl_coefficient=0.1", "method_options.kl_target=null"]),
+            ("Reinforce", []),
+        ],
+    )
+    def test_every_kind_of_method_runs_from_a_file(self, method, options, config, tmp_path):
+        out = tmp_path / "run"
+        settings = [f"method={method}", *options, "n_steps=2", "trainer.proposal_every=10"]
+        result = dmgen_command("train", config, "--out", out, *settings)
+        assert result.exit_code == 0, result.output
+        assert len(runs.read_rows(out / "metrics.jsonl")) == 2

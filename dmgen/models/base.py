@@ -144,6 +144,15 @@ class LanguageModel(Protocol):
         """Log-probability of each token given those before it, `(N, T)`, 0 where masked."""
         ...
 
+    def hidden_states(
+        self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
+    ) -> Tensor:
+        """What the model knows before each token: state t, of those before t, `(N, T, D)`.
+
+        0 where masked.
+        """
+        ...
+
     def copy(self) -> Any:
         """An independent trainable copy."""
         ...

@@ -122,17 +122,29 @@ class TabularLM:
         Raises:
             ValueError: a text has a prompt or is longer than the table, or the table holds NaN.
         """
-        for prompt in set(samples.prompts):
-            self._refuse_prompt(prompt)
-        used = samples.longest
-        if used > self.max_new_tokens:
-            raise ValueError(
-                f"a text of {used} tokens is longer than the table's {self.max_new_tokens}"
-            )
+        used = self._longest(samples)
         with torch.set_grad_enabled(grad):
             scored = self._token_log_prob(samples.tokens[:, :used], samples.mask[:, :used])
         refuse_nan(scored.detach(), samples.texts)
         return torch.nn.functional.pad(scored, (0, samples.tokens.shape[1] - used))
+
+    def hidden_states(
+        self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
+    ) -> Tensor:
+        """The row of the table before each token, one-hot, float64 `(N, T, P)`, 0 where masked.
+
+        A function of it can be any function of the prefix. It has no gradient: it depends on no
+        parameter.
+
+        Raises:
+            ValueError: a text has a prompt or is longer than the table.
+        """
+        used = self._longest(samples)
+        tokens, mask = samples.tokens[:, :used], samples.mask[:, :used]
+        rows = self._prefix_rows(tokens.masked_fill(~mask, 0))
+        states = torch.nn.functional.one_hot(rows, len(self.logits)) * mask.unsqueeze(-1)
+        padding = (0, 0, 0, samples.tokens.shape[1] - used)
+        return torch.nn.functional.pad(states.double(), padding)
 
     def copy(self) -> TabularLM:
         """An independent trainable copy."""
@@ -166,6 +178,17 @@ class TabularLM:
     def _refuse_prompt(prompt: str | Sequence[str]) -> None:
         if prompt != "":
             raise ValueError(f"TabularLM has no prompts, got {prompt!r}: leave prompt empty")
+
+    def _longest(self, samples: Samples) -> int:
+        """Tokens of the longest text; refuses texts that the table does not have."""
+        for prompt in set(samples.prompts):
+            self._refuse_prompt(prompt)
+        used = samples.longest
+        if used > self.max_new_tokens:
+            raise ValueError(
+                f"a text of {used} tokens is longer than the table's {self.max_new_tokens}"
+            )
+        return used
 
     def _after_eos(self, tokens: Tensor) -> Tensor:
         is_eos = tokens == self._eos_id

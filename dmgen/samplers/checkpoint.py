@@ -58,10 +58,10 @@ def load(sampler: Trainer, folder: Path) -> None:
         "divergence": sampler.divergence,
         "target": sampler.target.to_dict(),
     }
-    for key, value in mine.items():
-        if facts[key] != json.loads(json.dumps(value)):
+    for key, wanted in mine.items():
+        if facts[key] != json.loads(json.dumps(wanted)):
             raise ValueError(
-                f"the checkpoint in {folder} has another {key}: {facts[key]}, not {value}"
+                f"the checkpoint in {folder} has another {key}: {facts[key]}, not {wanted}"
             )
     groups = _by_prefix(tensors)
     own = groups.get("own", {})

@@ -29,7 +29,7 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
-from dmgen.models import CausalLM, LanguageModel, Samples, causal
+from dmgen.models import CausalLM, LanguageModel, Samples, hugging_face, passes
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -138,8 +138,8 @@ class TestEnd:
     def test_text_i_depends_on_row_i_of_the_uniforms_only(self, gpt2_lm):
         start = torch.tensor([0])
         u = torch.rand(40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        tokens, log_prob = gpt2_lm._decode(start, u)
-        backwards, log_prob_backwards = gpt2_lm._decode(start, u.flip(0))
+        tokens, log_prob = passes.decode(gpt2_lm.model, start, u, 0)
+        backwards, log_prob_backwards = passes.decode(gpt2_lm.model, start, u.flip(0), 0)
         assert torch.equal(tokens, backwards.flip(0))
         torch.testing.assert_close(
             log_prob, log_prob_backwards.flip(0), rtol=0, atol=contracts.FLOAT32
@@ -152,7 +152,7 @@ class TestCache:
     def test_equals_the_plain_cache(self, monkeypatch):
         lm = tiny_llama()
         fast = lm.sample(200, prompt="ab", max_new_tokens=5, seed=0)
-        monkeypatch.setattr(causal, "_roomy_cache", lambda config, _: DynamicCache(config=config))
+        monkeypatch.setattr(passes, "roomy_cache", lambda config, _: DynamicCache(config=config))
         plain = lm.sample(200, prompt="ab", max_new_tokens=5, seed=0)
         assert torch.equal(fast.tokens, plain.tokens)
         torch.testing.assert_close(fast.log_prob, plain.log_prob, rtol=0, atol=contracts.FLOAT32)
@@ -390,7 +390,7 @@ class TestNames:
             names.append(name)
             raise ConnectionError("no network in tests")
 
-        monkeypatch.setattr(causal, "file_exists", unreachable)
+        monkeypatch.setattr(hugging_face, "file_exists", unreachable)
         return names
 
     @pytest.mark.parametrize("name", ["/abs/nothing", "./nothing", "../nothing", "a/b/c", "~/x"])
@@ -414,7 +414,7 @@ class TestNames:
         assert requests == [name]
 
     def test_a_name_that_the_hub_does_not_know(self, monkeypatch):
-        monkeypatch.setattr(causal, "file_exists", lambda name, file: False)
+        monkeypatch.setattr(hugging_face, "file_exists", lambda name, file: False)
         with pytest.raises(ValueError, match="the hub has no such model"):
             CausalLM.from_pretrained("runs/nothing")
 

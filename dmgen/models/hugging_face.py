@@ -1,0 +1,151 @@
+"""What `CausalLM` needs of transformers: models and tokenizers by name, a cache for decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import file_exists
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, cache_utils
+
+TINY_BIOS = Path(__file__).parent / "tiny_bios"
+
+
+def load(name: str | Path, *, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model with weights in `dtype`, and its tokenizer: the package's, a folder's, or the hub's.
+
+    Raises:
+        ValueError: there is no such folder or model, its weights are not safetensors or not all
+            there, or its tokenizer cannot end a text.
+    """
+    source = str(TINY_BIOS if str(name) == "tiny-bios" else name)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    with _loading(source):
+        options["local_files_only"] = _only_cached(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    check_tokenizer(tokenizer)
+    with _loading(source):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        model, info = loaded
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:3])
+            raise ValueError(f"its weights lack {missing}: they would be random numbers")
+    return model, tokenizer
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises ValueError if a tokenizer can end no text, or write none."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, so a text could not end; "
+            "set tokenizer.eos_token and save it again"
+        )
+    # Without tokenizer files in the folder transformers makes up an empty tokenizer, silently.
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has special tokens only, so it can read and "
+            "write no text; save the model's tokenizer into the same folder"
+        )
+
+
+def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """The ids before a text, at least one: as the tokenizer gives them, else BOS, else EOS."""
+    ids = list(tokenizer(prompt)["input_ids"])
+    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
+    # Some tokenizers close what they read with an EOS; a text goes on where the prompt ends.
+    own = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+    if ids[-1:] == [eos] and (not own or ids[-len(own) :] != own):
+        ids.pop()
+    return ids or [eos if bos is None else bos]
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    """Turns what transformers raises while it loads `name` into one error that says what to do."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        kind = "" if Path(name).is_dir() else " (no folder here, so taken as a hub id)"
+        raise ValueError(
+            f"could not load {name!r}{kind}: {error}\nGive a folder written by save_pretrained "
+            '(safetensors weights), a hub id such as "gpt2" (needs the network once), or '
+            '"tiny-bios" (embedded, needs no network)'
+        ) from error
+
+
+def _only_cached(source: str) -> bool:
+    """Whether a hub model must come from the local cache since the hub cannot be reached.
+
+    One request that is not repeated: transformers itself goes on trying for most of a minute.
+
+    Raises:
+        ValueError: `source` is neither a folder here nor a model on the hub.
+    """
+    if Path(source).is_dir():
+        return False
+    if source.startswith((".", "~", "/")) or source.count("/") > 1 or Path(source).exists():
+        raise ValueError("neither a folder nor a legal hub id")
+    try:
+        found = file_exists(source, "config.json")
+    except HfHubHTTPError:
+        return False  # The hub answered, with a refusal that transformers explains.
+    except Exception:  # Which one depends on the HTTP library under huggingface_hub.
+        return True
+    if not found:
+        raise ValueError("the hub has no such model")
+    return False
+
+
+# transformers' own annotations change from version to version.
+_DynamicLayer: Any = cache_utils.DynamicLayer
+
+
+class _RoomyLayer(_DynamicLayer):  # type: ignore[misc]
+    """A growing cache layer in a buffer of known length: no copy of the past at each token."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()
+        self.length = length
+        self.used = 0
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            n, heads, _, width = key_states.shape
+            self.lazy_initialization(key_states, value_states)
+            self.key_buffer = key_states.new_empty(n, heads, self.length, width)
+            self.value_buffer = value_states.new_empty(
+                n, heads, self.length, value_states.shape[-1]
+            )
+        start, self.used = self.used, self.used + key_states.shape[-2]
+        self.key_buffer[:, :, start : self.used] = key_states
+        self.value_buffer[:, :, start : self.used] = value_states
+        self._show()
+        return self.keys, self.values
+
+    def reorder_cache(self, rows: Tensor) -> None:
+        if not self.is_initialized:  # a layer that reads another layer's keys never is
+            return
+        self.key_buffer = self.key_buffer[rows]
+        self.value_buffer = self.value_buffer[rows]
+        self._show()
+
+    def _show(self) -> None:
+        self.keys = self.key_buffer[:, :, : self.used]
+        self.values = self.value_buffer[:, :, : self.used]
+
+
+def roomy_cache(config: Any, length: int) -> Any:
+    """transformers' cache for `config`, with roomy layers where a layer just grows."""
+    cache = DynamicCache(config=config)
+    cache.layers = [_RoomyLayer(length) if type(x) is _DynamicLayer else x for x in cache.layers]
+    return cache

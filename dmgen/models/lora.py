@@ -1,0 +1,87 @@
+"""LoRA: low-rank adapters over frozen weights that are shared, not copied."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from transformers.pytorch_utils import Conv1D
+
+_NAME = "default"
+
+
+def attach(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
+    """The model with an adapter in every linear layer but the output layer, over the same weights.
+
+    Such a layer computes `W x + (alpha / rank) B A x`. B starts as 0, so the law is at first that
+    of the model; A is uniform in ±1/sqrt(inputs). Both are float32 and all there is to train.
+
+    Args:
+        model: a frozen causal language model of transformers. It is left as it is: the result is a
+            second tree of modules around the very same parameters.
+        rank: rows of A.
+        alpha: size of the adapter's part.
+        seed: of A.
+
+    Raises:
+        ImportError: peft is not installed.
+        ValueError: rank or alpha is not positive.
+
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3; A is
+    normal there, uniform in the authors' code and here.
+    """
+    if rank < 1 or not 0 < alpha < math.inf:
+        raise ValueError(
+            f"an adapter needs rank >= 1 and a finite alpha > 0, got rank={rank}, alpha={alpha}"
+        )
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ImportError('adapters need peft: pip install "dmgen[peft]"') from error
+    adapted = _share(model, list(model.parameters()))
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # it is divided by the rank, nothing else
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    # Layers made on the meta device draw nothing from the global generator.
+    inject_adapter_in_model(config, adapted, adapter_name=_NAME, low_cpu_mem_usage=True)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in _layers(adapted).values():
+        a, b, device = (
+            layer.lora_A[_NAME],
+            layer.lora_B[_NAME],
+            layer.get_base_layer().weight.device,
+        )
+        first = 2 * torch.rand(a.weight.shape, generator=generator) - 1  # (rank, inputs)
+        a.weight = torch.nn.Parameter((first / math.sqrt(first.shape[1])).to(device))
+        b.weight = torch.nn.Parameter(torch.zeros(b.weight.shape, device=device))
+    return adapted
+
+
+def duplicate(model: Any) -> Any:
+    """A model with an adapter of its own, of the same values, over the same frozen weights."""
+    return _share(model, [p for p in model.parameters() if not p.requires_grad])
+
+
+def merged(model: Any) -> Any:
+    """A plain float32 copy of the model with its adapter added to the weights."""
+    plain = copy.deepcopy(model).float()
+    for name, layer in _layers(plain).items():
+        layer.merge()
+        plain.set_submodule(name, layer.get_base_layer())
+    del plain.peft_config
+    return plain
+
+
+def _layers(model: Any) -> dict[str, Any]:
+    """The layers that have an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
+
+
+def _share(model: Any, parameters: list[torch.nn.Parameter]) -> Any:
+    """A copy of the model around these very parameters of it and copies of all else."""
+    return copy.deepcopy(model, {id(p): p for p in parameters})

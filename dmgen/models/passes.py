@@ -1,0 +1,193 @@
+"""Forward passes of a causal transformer: decoding with a cache, hidden states, and scoring."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmgen.models.base import draw_tokens, uniforms
+from dmgen.models.head import chosen_log_prob
+from dmgen.models.hugging_face import roomy_cache
+
+# Tokens in one forward pass that makes no logits; bytes of the logits in one that does.
+_PASS_TOKENS = 2**13
+_LOGIT_BYTES = 2**27
+
+
+def check(model: Any, eos: int, positions: int, dtype: torch.dtype) -> bool:
+    """Whether scores may be `chunked`; refuses a model whose cached decoding scoring does not see.
+
+    Args:
+        model: a causal language model of transformers.
+        eos: the token that ends a text.
+        positions: tokens that the model can read.
+        dtype: precision of computing.
+
+    Raises:
+        ValueError: the model cannot write `eos`, or is no causal transformer.
+    """
+    name = getattr(model.config, "_name_or_path", "") or type(model).__name__
+    if eos >= _vocab_size(model):
+        raise ValueError(
+            f"the tokenizer's EOS has id {eos}, but {name} has {_vocab_size(model)} tokens, so a "
+            "text could not end; resize the model's embeddings or use the tokenizer it was "
+            "trained with"
+        )
+    # An unused cache or attention to later tokens costs several nats, rounding in 16 bits some
+    # tenths, in float32 less than a thousandth.
+    allowed = 0.05 if dtype == torch.float32 else 1.0
+    start = torch.tensor([eos], device=next(model.parameters()).device)
+    u = uniforms(32, min(8, positions), seed=0, generator=None).to(start.device)
+    tokens, drawn = decode(model, start, u, eos)
+    mask = up_to(eos, tokens)
+    scored = score(model, start, tokens, mask, chunked=False)
+    gap = (scored.sum(-1) - drawn).abs().max().item()
+    if gap > allowed:
+        raise ValueError(
+            f"{name} gives texts of {u.shape[1]} tokens log-probabilities that differ by "
+            f"{gap:.1f} nats between cached decoding and scoring: it is not causal, or keeps "
+            "its past elsewhere than in past_key_values; use a decoder-only transformer"
+        )
+    if not logits_are_linear(model, tokens[:1], dtype):
+        return False
+    chunked = score(model, start, tokens, mask, chunked=True)
+    return bool(((chunked - scored).sum(-1).abs() <= allowed).all())
+
+
+def decode(model: Any, start: Tensor, u: Tensor, eos: int) -> tuple[Tensor, Tensor]:
+    """Texts after the ids `start`, ancestrally, with their log-probability.
+
+    Args:
+        model: a causal language model of transformers.
+        start: long `(L,)`.
+        u: float64 `(n, T)`, uniform in [0, 1): row i makes text i.
+        eos: the token that ends a text.
+
+    Returns:
+        Tokens `(n, T)`, EOS after the end, and float64 `(n,)` nats.
+    """
+    n, length = u.shape
+    tokens = torch.full((n, length), eos, device=u.device)
+    log_prob = torch.zeros(n, dtype=torch.float64, device=u.device)
+    cache = roomy_cache(model.config, len(start) + length)
+    alive = torch.arange(n, device=u.device)
+    going = torch.ones_like(alive, dtype=torch.bool)
+    inputs = start.expand(n, -1)
+    for t in range(length):
+        out = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        drawn, drawn_log_prob = draw_tokens(out.logits[:, -1].float(), u[alive, t])
+        # Finished rows that are still in the batch are decoded in vain.
+        drawn = torch.where(going, drawn, eos)
+        tokens[alive, t] = drawn
+        log_prob[alive] += torch.where(going, drawn_log_prob, 0.0)
+        going = drawn != eos
+        # Dropping finished rows copies the cache, so wait until an eighth of them is finished.
+        if t + 1 < length and int(going.sum()) <= 0.875 * len(alive):
+            kept = going.nonzero().squeeze(-1)
+            if len(kept) == 0:
+                break
+            cache.reorder_cache(kept)
+            alive, drawn, going = alive[kept], drawn[kept], going[kept]
+        inputs = drawn.unsqueeze(-1)
+    return tokens, log_prob
+
+
+def up_to(eos: int, tokens: Tensor) -> Tensor:
+    """True up to and with the first `eos` of each row, `(n, T)`."""
+    is_eos = tokens == eos
+    return (is_eos.cumsum(-1) - is_eos.long()) == 0
+
+
+def states(model: Any, start: Tensor, tokens: Tensor) -> Tensor:
+    """The last hidden state before each token, `(n, T, D)`, teacher-forced."""
+    found: Tensor = model.base_model(_inputs(start, tokens), use_cache=False).last_hidden_state
+    return found[:, -tokens.shape[1] :]
+
+
+def score(model: Any, start: Tensor, tokens: Tensor, mask: Tensor, *, chunked: bool) -> Tensor:
+    """Log-probability of each token given those before it, float32 `(n, T)`, 0 where masked.
+
+    Plainly: `log_softmax(logits)[token]`, teacher-forced, from the model's own logits in float32.
+    `chunked` says that these are the output layer's linear map of `states`; then those of a block
+    of the vocabulary are computed at a time, and for unmasked positions only.
+    """
+    head = linear_head(model) if chunked else None
+    if head is not None:
+        hidden = states(model, start, tokens)[mask]  # (M, D)
+        found = chosen_log_prob(hidden, head.weight, head.bias, tokens[mask])
+        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found)
+    logits = model(_inputs(start, tokens), use_cache=False, logits_to_keep=tokens.shape[1]).logits
+    logits = logits.float()
+    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
+
+
+def texts_a_draw(model: Any) -> int:
+    """Texts decoded side by side that there is memory for."""
+    return max(1, min(1024, _LOGIT_BYTES // (8 * _vocab_size(model))))
+
+
+def texts_a_pass(model: Any, length: int, *, chunked: bool) -> int:
+    """Texts of `length` tokens that one forward pass has memory for."""
+    if chunked and linear_head(model) is not None:
+        return max(1, _PASS_TOKENS // length)
+    return max(1, _LOGIT_BYTES // (4 * _vocab_size(model) * length))
+
+
+def linear_head(model: Any) -> torch.nn.Linear | None:
+    """The output layer, if it is a plain linear one and no hook changes what comes out of it."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or model.base_model is model:
+        return None
+    for module in (model, head):
+        # Instances get a `forward` of their own from libraries that move weights about.
+        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
+        if any(hooks) or "forward" in vars(module):
+            return None
+    return head
+
+
+def logits_are_linear(model: Any, inputs: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the model's logits are its output layer's linear map of the trunk's last states.
+
+    Some models cap, scale or transform one of them, and small logits would not show it: the model
+    is made to go on from states that give logits of some 30 nats.
+
+    Args:
+        model: a causal language model of transformers.
+        inputs: ids that it can read, `(n, T)`.
+        dtype: precision of computing.
+    """
+    head = linear_head(model)
+    if head is None:
+        return False
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(*inputs.shape, head.in_features, generator=generator).to(head.weight)
+    given *= 30 / head(given).float().std()
+
+    def replace(module: Any, arguments: Any, output: Any) -> Any:
+        output.last_hidden_state = given
+        return output
+
+    handle = model.base_model.register_forward_hook(replace)
+    try:
+        found = model(inputs, use_cache=False).logits.float()
+    except (AttributeError, TypeError):  # The trunk gives something else than its last states.
+        return False
+    finally:
+        handle.remove()
+    expected = head(given).float()
+    # The same products twice, so they differ by rounding alone.
+    error = 8 * torch.finfo(dtype).eps * expected.abs().max()
+    return found.shape == expected.shape and bool(((found - expected).abs() <= error).all())
+
+
+def _vocab_size(model: Any) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def _inputs(start: Tensor, tokens: Tensor) -> Tensor:
+    """What the model reads to predict `tokens`, `(n, L + T - 1)`."""
+    return torch.cat([start.expand(len(tokens), -1), tokens[:, :-1]], dim=1)
