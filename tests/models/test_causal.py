@@ -218,6 +218,58 @@ def bert_dimensions(v):
     return {"vocab_size": v} | {key: dimensions(v)[key] for key in kept}
 
 
+class TestHiddenStates:
+    @pytest.fixture(params=["gpt2_lm", "llama_lm"])
+    def lm(self, request):
+        return request.getfixturevalue(request.param)
+
+    def test_are_what_the_output_layer_reads(self, lm):
+        samples = Samples.cat([lm.sample(20, prompt=p, seed=0) for p in ("", "ab")])
+        states = lm.hidden_states(samples)
+        assert states.shape == (*samples.tokens.shape, 16)
+        logits = lm.model.lm_head(states)
+        chosen = logits.log_softmax(-1).gather(-1, samples.tokens.unsqueeze(-1)).squeeze(-1)
+        expected = lm.token_log_prob(samples)
+        torch.testing.assert_close(
+            torch.where(samples.mask, chosen, 0.0), expected, rtol=0, atol=contracts.FLOAT32
+        )
+
+    def test_carry_the_gradient_of_the_trunk(self, lm):
+        policy, weights = lm.copy(), torch.randn(16, generator=torch.Generator().manual_seed(0))
+        samples = lm.sample(10, seed=0)
+        states = policy.hidden_states(samples, grad=True)
+        (states @ weights).sum().backward()
+        parameter = next(p for name, p in policy.model.named_parameters() if ".0." in name)
+        slope = parameter.grad.clone()
+        # The slope along itself, from values a step apart; errors are of second order in the step.
+        step = 1e-3 / slope.norm()
+        with torch.no_grad():
+            values = []
+            for side in (1, -2):
+                parameter += side * step * slope
+                values.append((policy.hidden_states(samples).double() @ weights.double()).sum())
+        rate = (values[0] - values[1]) / (2 * step)
+        assert rate.item() == pytest.approx(slope.square().sum().item(), rel=1e-2)
+
+    def test_are_float32_and_on_their_own_unless_asked(self, gpt2_lm):
+        narrow = CausalLM(tiny_gpt2().model.to(torch.bfloat16), gpt2_lm.tokenizer)
+        samples = gpt2_lm.sample(10, seed=0)
+        for lm in (narrow, narrow.copy(), gpt2_lm.copy()):
+            assert lm.hidden_states(samples).dtype == torch.float32
+            assert not lm.hidden_states(samples).requires_grad
+        assert gpt2_lm.copy().hidden_states(samples, grad=True).requires_grad
+        off = narrow.hidden_states(samples) - gpt2_lm.hidden_states(samples)
+        assert 1e-4 < off.abs().max() < 0.2
+
+    def test_do_not_fit_the_context(self, gpt2_lm):
+        samples = gpt2_lm.sample(3, max_new_tokens=8, seed=0)
+        moved = dataclasses.replace(samples, prompts=["abcabc"] * 3)
+        with pytest.raises(ValueError, match="context of 8"):
+            gpt2_lm.hidden_states(moved)
+        with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+            gpt2_lm.hidden_states(samples, batch_size=0)
+
+
 class TestPrompts:
     def test_one_batch_may_mix_prompts(self, gpt2_lm):
         parts = [gpt2_lm.sample(5, prompt=prompt, seed=1) for prompt in ("a", "", "bc")]
