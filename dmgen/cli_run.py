@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -90,10 +89,7 @@ def fit_target(config: RunConfig, base: dmgen.CausalLM, *, show: bool = True) ->
 
 
 def plan(target: dmgen.EBM) -> list[dict[str, Any]]:
-    """For each soft moment its hits, λ with its error, and the texts that smaller errors take.
-
-    Errors shrink with the root of the number of texts, so `n · (stderr / wanted)²` texts do.
-    """
+    """For each soft moment its hits, λ with its error, and the texts that smaller errors take."""
     fit = target.moment_fit
     if fit is None:
         return []
@@ -105,8 +101,7 @@ def plan(target: dmgen.EBM) -> list[dict[str, Any]]:
             "lambda": float(fit.lambdas[i]),
             "lambda_stderr": float(fit.lambdas_stderr[i]),
             "samples_for_stderr": {
-                str(wanted): math.ceil(fit.n_samples * (float(fit.lambdas_stderr[i]) / wanted) ** 2)
-                for wanted in _PLANNED_STDERR
+                str(wanted): int(fit.n_samples_for(wanted)[i]) for wanted in _PLANNED_STDERR
             },
         }
         for i, name in enumerate(fit.names)

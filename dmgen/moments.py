@@ -91,6 +91,19 @@ class MomentFit:
     moments_heldout: Array | None = None
     moments_heldout_stderr: Array | None = None
 
+    def n_samples_for(self, stderr: float) -> NDArray[np.int64]:
+        """How many samples it takes for each lambda to have this standard error, (K,).
+
+        Errors shrink with the root of the number of samples: `n (lambdas_stderr / stderr)²`.
+
+        Raises:
+            ValueError: stderr is not positive.
+        """
+        if not stderr > 0:
+            raise ValueError(f"stderr must be positive, got {stderr}")
+        needed = np.ceil(self.n_samples * (self.lambdas_stderr / stderr) ** 2)
+        return needed.astype(np.int64)
+
     def with_heldout(self, features: Any, log_weights: Any = None) -> MomentFit:
         """Return this fit with the moments of p estimated on samples that did not shape lambda.
 

@@ -567,3 +567,14 @@ def test_bad_options_are_named():
         fit_lambdas(HALF, [0.5], max_steps=0)
     with pytest.raises(ValueError, match="features must have 1 columns"):
         fit_lambdas(HALF, [0.5]).with_heldout(np.zeros((5, 2)))
+
+
+def test_the_planned_size_gives_the_planned_error():
+    """Closed form: one binary feature of rate r has Var λ = 1/(n r (1 − r))."""
+    rate, wanted = 0.1, 0.05
+    phi = (np.arange(1000) < 100)[:, None].astype(float)
+    fit = fit_lambdas(phi, [0.5])
+    (needed,) = fit.n_samples_for(wanted)
+    assert needed == pytest.approx(1 / (wanted**2 * rate * (1 - rate)), rel=2e-3)  # n against n − 1
+    with pytest.raises(ValueError, match="stderr must be positive, got 0"):
+        fit.n_samples_for(0)

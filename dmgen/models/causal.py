@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dmgen.models import lora, passes
 from dmgen.models.base import Samples, refuse_nan, uniforms
-from dmgen.models.hugging_face import check_tokenizer, load, prompt_ids
+from dmgen.models.hugging_face import check_tokenizer, load, prompt_ids, texts_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -69,7 +69,7 @@ class CausalLM:
         self.model = model.eval().requires_grad_(False)
         self._has_adapter = False
         with torch.no_grad(), self._computing():
-            exact = passes.check(self.model, tokenizer.eos_token_id, self._context, dtype)
+            exact = passes.check(self.model, tokenizer.eos_token_id, dtype)
         self._chunked_head = chunked_head and exact
 
     @classmethod
@@ -155,7 +155,9 @@ class CausalLM:
         log_prob = torch.cat([p[1] for p in parts]).cpu()
         mask = passes.up_to(eos, tokens)
         shown = mask & (tokens != eos)
-        return Samples(tokens, mask, log_prob, self._texts(tokens, shown), [str(prompt)] * n)
+        return Samples(
+            tokens, mask, log_prob, texts_of(self.tokenizer, tokens, shown), [str(prompt)] * n
+        )
 
     def log_prob(
         self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
@@ -315,12 +317,6 @@ class CausalLM:
         every = dict(self.model.named_parameters())
         return {k: p for k, p in every.items() if not self._has_adapter or ".lora_" in k}
 
-    @property
-    def _context(self) -> int:
-        """Positions that the model has; practically endless where its configuration names none."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit if limit is not None and limit > 0 else 2**31
-
     def _computing(self) -> AbstractContextManager[object]:
         """Autocast where the weights are kept in a higher precision than that of computing."""
         if next(self.model.parameters()).dtype == self.dtype:
@@ -333,12 +329,13 @@ class CausalLM:
             raise TypeError(f"prompt must be one string, got {type(prompt).__name__}: {prompt!r}")
         ids = prompt_ids(self.tokenizer, prompt)
         # The last token of a text is drawn but never read, so it takes no position.
-        room = self._context + 1 - len(ids)
+        context = passes.context(self.model)
+        room = context + 1 - len(ids)
         if new_tokens > room:
             cure = f"use max_new_tokens <= {room}" if room > 0 else "use a shorter prompt"
             raise ValueError(
                 f"a prompt of {len(ids)} tokens and {new_tokens} new ones do not fit the model's "
-                f"context of {self._context}: {cure}"
+                f"context of {context}: {cure}"
             )
         return torch.tensor(ids, device=self.device)
 
@@ -378,14 +375,6 @@ class CausalLM:
                     parts.append(torch.nn.functional.pad(part, padding))
         found = torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort().to(device)]
         return found if grad else found.cpu()
-
-    def _texts(self, tokens: Tensor, shown: Tensor) -> list[str]:
-        ids = [row[keep].tolist() for row, keep in zip(tokens, shown, strict=True)]
-        return list(
-            self.tokenizer.batch_decode(
-                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-        )
 
 
 def _rows_by_prompt(prompts: Sequence[str]) -> Iterator[tuple[str, list[int]]]:

@@ -67,6 +67,14 @@ def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     return ids or [eos if bos is None else bos]
 
 
+def texts_of(tokenizer: Any, tokens: Tensor, shown: Tensor) -> list[str]:
+    """The text of the shown tokens of each row, both `(n, T)`."""
+    ids = [row[keep].tolist() for row, keep in zip(tokens, shown, strict=True)]
+    return list(
+        tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    )
+
+
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
     """Turns what transformers raises while it loads `name` into one error that says what to do."""

@@ -73,7 +73,6 @@ def merged(model: Any) -> Any:
     for name, layer in _layers(plain).items():
         layer.merge()
         plain.set_submodule(name, layer.get_base_layer())
-    del plain.peft_config
     return plain
 
 

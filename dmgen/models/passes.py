@@ -16,13 +16,12 @@ _PASS_TOKENS = 2**13
 _LOGIT_BYTES = 2**27
 
 
-def check(model: Any, eos: int, positions: int, dtype: torch.dtype) -> bool:
+def check(model: Any, eos: int, dtype: torch.dtype) -> bool:
     """Whether scores may be `chunked`; refuses a model whose cached decoding scoring does not see.
 
     Args:
         model: a causal language model of transformers.
         eos: the token that ends a text.
-        positions: tokens that the model can read.
         dtype: precision of computing.
 
     Raises:
@@ -39,7 +38,7 @@ def check(model: Any, eos: int, positions: int, dtype: torch.dtype) -> bool:
     # tenths, in float32 less than a thousandth.
     allowed = 0.05 if dtype == torch.float32 else 1.0
     start = torch.tensor([eos], device=next(model.parameters()).device)
-    u = uniforms(32, min(8, positions), seed=0, generator=None).to(start.device)
+    u = uniforms(32, min(8, context(model)), seed=0, generator=None).to(start.device)
     tokens, drawn = decode(model, start, u, eos)
     mask = up_to(eos, tokens)
     scored = score(model, start, tokens, mask, chunked=False)
@@ -182,6 +181,12 @@ def logits_are_linear(model: Any, inputs: Tensor, dtype: torch.dtype) -> bool:
     # The same products twice, so they differ by rounding alone.
     error = 8 * torch.finfo(dtype).eps * expected.abs().max()
     return found.shape == expected.shape and bool(((found - expected).abs() <= error).all())
+
+
+def context(model: Any) -> int:
+    """Positions that the model has; practically endless where its configuration names none."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return limit if limit is not None and limit > 0 else 2**31
 
 
 def _vocab_size(model: Any) -> int:
