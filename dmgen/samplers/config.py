@@ -54,7 +54,7 @@ class TrainerConfig:
         checkpoint_every: steps between checkpoints; None: only where `train` ends.
         evaluate_every: steps between evaluations on fresh samples; None: never.
         diagnose_every: steps between measurements of the gradient's variance
-            (`diagnostics.gradient_variance`), which cost about a step each; None: never.
+            (`diagnostics.gradient_variance`), one backward pass a text; None: never.
         seed: of every draw of the run.
 
     Raises:

@@ -9,16 +9,12 @@ from torch import Tensor
 
 from dmgen.models.base import Samples
 
-# Gradients held at the same time take at most this many bytes.
-_BYTES = 2**28
-
 
 def gradient_variance(policy: Any, samples: Samples, advantage: Tensor) -> dict[str, float]:
     """Trace of the covariance of the texts' gradients `g_i = A_i ∇log π(x_i)`, and ‖mean g_i‖.
 
     `grad_variance = mean ‖g_i‖² − ‖mean g_i‖²`, `grad_norm = ‖mean g_i‖`, over all trainable
-    parameters. Plainly: one backward pass a text. Here the backward passes of a chunk of texts run
-    as one batched pass; texts with A = 0 need none.
+    parameters. One backward pass a text, and none where A = 0; memory is that of one gradient.
 
     Args:
         policy: the model whose gradient it is.
@@ -31,16 +27,12 @@ def gradient_variance(policy: Any, samples: Samples, advantage: Tensor) -> dict[
     Source: Korbak et al. 2022, section 4.4 and Figure 5.
     """
     parameters = [p for p in policy.parameters() if p.requires_grad]
-    size = max(1, _BYTES // sum(p.numel() * p.element_size() for p in parameters))
     total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
     sum_sq = 0.0
-    counting = advantage.nonzero().squeeze(-1)
-    for rows in torch.split(counting, size) if len(counting) else ():
-        log_pi = policy.log_prob(samples[rows], grad=True)
-        weights = torch.diag(advantage[rows]).to(log_pi)
-        grads = torch.autograd.grad(log_pi, parameters, weights, is_grads_batched=True)
-        for t, g in zip(total, grads, strict=True):
-            t += g.sum(0, dtype=torch.float64)
+    for i in advantage.nonzero().squeeze(-1).tolist():
+        objective = policy.log_prob(samples[i : i + 1], grad=True).sum() * float(advantage[i])
+        for t, g in zip(total, torch.autograd.grad(objective, parameters), strict=True):
+            t += g
             sum_sq += float(g.square().sum(dtype=torch.float64))
     n = len(samples)
     mean_sq = sum(float((t / n).square().sum()) for t in total)
