@@ -61,6 +61,16 @@ RARE: dict[str, Setting] = {
         {},
         {"reuse": 4, "base_share": 0.5, "baseline": "optimal"} | ON,
     ),
+    "8 steps a batch, 50 % base, optimal": (
+        dmgen.GDCpp,
+        {},
+        {"reuse": 8, "base_share": 0.5, "baseline": "optimal"} | ON,
+    ),
+    "4 steps a batch, 75 % base, optimal": (
+        dmgen.GDCpp,
+        {},
+        {"reuse": 4, "base_share": 0.75, "baseline": "optimal"} | ON,
+    ),
     "batch 128": (dmgen.GDCpp, {}, {"batch_size": 128} | ON),
     "batch 128, averaged": (dmgen.GDCpp, {}, {"batch_size": 128, "average_decay": 0.95} | ON),
 }

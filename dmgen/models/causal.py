@@ -228,17 +228,20 @@ class CausalLM:
         """Mean last hidden state over the tokens of each text, float32 `(N, D)`, on the CPU.
 
         Texts are read by themselves, without a prompt; what looks like a special token is plain
-        text. The empty text gets the state before any token. It is what the heads of
-        `features.classifier` read.
+        text. The empty text gets the state before any token, and a text that is longer than the
+        model's context is read as far as it fits. It is what the heads of `features.classifier`
+        read.
 
         Args:
-            texts: N texts that fit the model's context.
+            texts: N texts.
             batch_size: texts a forward pass; None chooses by memory.
         """
+        room = passes.context(self.model) - len(prompt_ids(self.tokenizer, ""))
         ids = [
             self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
             for text in texts
         ]
+        ids = [row[:room] for row in ids]
         n = torch.tensor([[len(row)] for row in ids])  # (N, 1)
         # One token more: its state is the one after the last token of the text.
         width = int(n.max()) + 1

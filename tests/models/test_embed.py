@@ -31,3 +31,11 @@ def test_texts_of_any_length_are_read_as_alone(model):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(model.embed(texts, batch_size=1), found, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(found[1], found[3], atol=1e-2)
+
+
+def test_a_text_longer_than_the_context_is_read_as_far_as_it_fits(model):
+    context = model.model.config.max_position_embeddings
+    whole = "a" * (context - 1)
+    found = model.embed([whole, whole + "bc" * 40])
+    torch.testing.assert_close(found[0], by_hand(model, whole), rtol=1e-5, atol=1e-6)
+    assert torch.equal(found[0], found[1])

@@ -1,0 +1,186 @@
+"""The papers' comparison: ten tasks, each by several methods, with as many texts each.
+
+    python benchmarks/run_grid.py                           # every cell without a result file
+    python benchmarks/run_grid.py --share 0/2               # every other one of them
+    python benchmarks/run_grid.py --list                    # what there is and what is missing
+    python benchmarks/run_grid.py --only 08-female/GDC++/0  # one cell, again if it is there
+    python benchmarks/run_grid.py --base gpt2 n_steps=2000 trainer.batch_size=512
+
+A cell is a task (`tasks/*.yaml`), a method and a seed; its result is a file in `results/grid/`,
+written when the cell is done, so the grid can be stopped at any time. Run two shares side by side
+with OMP_NUM_THREADS=1. What follows the options overrides the tasks, as with `dmgen train`.
+
+Every method draws the same number of texts in batches of one size, with one learning rate, and is
+evaluated alike: a little at the start, and after every quarter of the steps, and on more texts at
+the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import record
+from tqdm import tqdm
+
+import dmgen
+from dmgen import runs
+from dmgen.cli_run import fit_target, load_model
+from dmgen.run_config import SAMPLERS, RunConfig
+
+TASKS = sorted((Path(__file__).parent / "tasks").glob("*.yaml"))
+ON_POLICY = "trainer.proposal_rule=policy"
+# By the name in tables: the method and what it sets beside the task's own settings.
+METHODS: dict[str, tuple[str, ...]] = {
+    "GDC++": ("method=GDCpp",),
+    "GDC": ("method=GDC",),
+    "REINFORCE": ("method=Reinforce",),
+    "KL-control": ("method=KLControl",),
+    "GDC++ improved": (
+        "method=GDCpp",
+        ON_POLICY,
+        "trainer.base_share=0.25",
+        "trainer.baseline=optimal",
+        "trainer.average_decay=0.95",
+    ),
+    "REINFORCE P(x)": ("method=ReinforceP",),
+}
+SEEDS = {"GDC++": 2, "GDC": 2}
+N_CURVE, N_QUARTERS, N_PAIRS = 512, 4, 6
+# Columns of the metrics that a result file keeps.
+KEPT = (
+    "samples", "seconds", "log_z", "log_z_stderr", "ess", "kl_target_policy", "advantage_mean",
+    "advantage_abs_mean", "advantage_var", "proposal_updated", "kl_policy_base",
+)  # fmt: skip
+Cell = tuple[str, str, int]
+
+
+def cells() -> list[Cell]:
+    """All cells, those of the first seed first."""
+    every = product(range(2), METHODS, [path.stem for path in TASKS])
+    return [(task, method, seed) for seed, method, task in every if seed < SEEDS.get(method, 1)]
+
+
+def path_of(base: str, cell: Cell) -> Path:
+    """The result file of a cell."""
+    task, method, seed = cell
+    slug = method.replace("+", "p").replace(" ", "-").replace("(", "").replace(")", "")
+    return record.RESULTS / "grid" / f"{Path(base).name}-{task}-{slug}-{seed}.json"
+
+
+def config_of(base: str, cell: Cell, overrides: list[str]) -> RunConfig:
+    """The task's own configuration with what the method and the seed change."""
+    task, method, seed = cell
+    path = Path(__file__).parent / "tasks" / f"{task}.yaml"
+    own = [f"base={base}", *METHODS[method], f"trainer.seed={seed}"]
+    return RunConfig.load(path, [*own, *overrides])
+
+
+@cache
+def target_of(base: str, task: str, overrides: tuple[str, ...]) -> dmgen.EBM:
+    """The target of a task, which the methods and seeds of a process share."""
+    config = config_of(base, (task, "GDC++", 0), list(overrides))
+    return fit_target(config, load_model(base, config), show=False)
+
+
+def run(base: str, cell: Cell, overrides: list[str]) -> dict[str, Any]:
+    """Trains one cell: its metrics, evaluations over training, final scores, and texts."""
+    started = time.process_time()
+    config = config_of(base, cell, overrides)
+    target = target_of(base, cell[0], tuple(overrides))
+    policy = target.base.copy()
+    sampler = SAMPLERS[config.method](policy, target, config.trainer, **config.method_options)
+    curve = [point(sampler)]
+    for i in range(N_QUARTERS):
+        until = round(config.n_steps * (i + 1) / N_QUARTERS)
+        sampler.train(until - sampler.step)
+        curve.append(point(sampler))
+    final = config.evaluate
+    scores = dmgen.evaluate(policy, target, n_samples=final.n_samples, seed=final.seed)
+    before, after = (
+        model.sample(N_PAIRS, prompt=config.prompt, seed=final.seed).texts
+        for model in (target.base, policy)
+    )
+    return {
+        "base": base,
+        "task": cell[0],
+        "method": cell[1],
+        "seed": cell[2],
+        "config": config.to_mapping(),
+        "constraints": target.to_dict()["constraints"],
+        "metrics": {key: [short(row.get(key)) for row in sampler.history] for key in KEPT},
+        "curve": curve,
+        "final": scores.to_dict(),
+        "texts": [list(pair) for pair in zip(before, after, strict=True)],
+        "training_seconds": round(sampler.seconds, 1),
+        "core_seconds": round(time.process_time() - started, 1),
+    }
+
+
+def short(x: Any) -> float | None:
+    """Four digits of a number, None where there is none."""
+    return float(f"{x:.4g}") if x is not None and math.isfinite(x) else None
+
+
+def point(sampler: Any) -> dict[str, Any]:
+    """One point of the curves: a small evaluation of the policy as it stands, value and error."""
+    scores = dmgen.evaluate(sampler.policy, sampler.target, n_samples=N_CURVE, seed=1000)
+    found = {
+        row["metric"]: [short(row["value"]), short(row["stderr"])]
+        for row in scores.to_dict()["rows"]
+        if row["model"] in ("policy", "")
+    }
+    return {"step": sampler.step, "samples": sampler.n_drawn} | found
+
+
+def main() -> None:
+    """Runs what is missing, or lists it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="key=value, as with dmgen train")
+    parser.add_argument("--base", default="tiny-bios", help="tiny-bios, a folder, or a hub id")
+    parser.add_argument("--share", default="0/1", help="I/N: every N-th cell, from the I-th on")
+    parser.add_argument("--only", help="TASK/METHOD/SEED: this cell, again if it is there")
+    parser.add_argument("--list", action="store_true", help="show what is there; run nothing")
+    args = parser.parse_args()
+    if args.list:
+        print(state(args.base))
+        return
+    if args.only:
+        task, method, seed = args.only.split("/")
+        chosen = [(task, method, int(seed))]
+        if chosen[0] not in cells():
+            parser.error(f"there is no cell {args.only}; the cells are\n{state(args.base)}")
+    else:
+        share, n_shares = map(int, args.share.split("/"))
+        chosen = [c for c in cells()[share::n_shares] if not path_of(args.base, c).exists()]
+    for cell in tqdm(chosen, unit="cell"):
+        started = time.time()
+        result = run(args.base, cell, args.overrides)
+        wall = {"wall_seconds": round(time.time() - started, 1)}
+        path = path_of(args.base, cell)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(path, result | wall | record.facts())
+
+
+def state(base: str) -> str:
+    """A table of tasks by methods: of how many seeds there are results."""
+    rows = []
+    for task in (path.stem for path in TASKS):
+        for method in METHODS:
+            own = [cell for cell in cells() if cell[:2] == (task, method)]
+            done = sum(path_of(base, cell).exists() for cell in own)
+            rows.append({"task": task, "method": method, "seeds": f"{done} of {len(own)}"})
+    table = pd.DataFrame(rows).pivot(index="task", columns="method", values="seeds")
+    return str(table[list(METHODS)])
+
+
+if __name__ == "__main__":
+    main()
