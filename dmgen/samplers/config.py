@@ -21,8 +21,9 @@ class TrainerConfig:
 
     Attributes:
         batch_size: texts drawn a step.
-        micro_batch_size: texts in one forward and backward pass; None chooses by memory. It changes
-            memory and speed, not the gradient.
+        micro_batch_size: texts in one forward and backward pass; None takes what fits into the
+            free memory of the device (`memory.micro_batch`). It changes memory and speed, not the
+            gradient.
         backward_size: run the backward pass on this many texts a step, drawn with probability
             proportional to |advantage| and weighted by its inverse, which leaves the expected
             gradient as it is; None uses all. Most texts carry little of the gradient when a

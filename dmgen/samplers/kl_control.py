@@ -17,7 +17,6 @@ from dmgen.models.base import Samples
 from dmgen.samplers.config import TrainerConfig
 from dmgen.samplers.policy_gradient import Reinforce
 from dmgen.samplers.ppo import adapted, gae, ppo_loss, token_rewards, whiten
-from dmgen.samplers.trainer import MICRO_BATCH
 
 # The least positive number.
 _TINY = math.ulp(0.0)
@@ -200,7 +199,7 @@ class KLControl(Reinforce):
 
     def _roll_out(self, samples: Samples) -> Rollout:
         log_base = self.target.base.token_log_prob(samples).double()
-        parts = list(samples.split(self._micro_batch))
+        parts = list(samples.split(self._micro_batch(samples)))
         log_old, values = (
             torch.cat([score(part).cpu().double() for part in parts])
             for score in (self.policy.token_log_prob, self._predict)
@@ -223,10 +222,6 @@ class KLControl(Reinforce):
         with torch.set_grad_enabled(grad):
             values = hidden @ self.value_head[:-1] + self.value_head[-1]
             return torch.where(samples.mask.to(values.device), values, 0.0)
-
-    @property
-    def _micro_batch(self) -> int:
-        return self.config.micro_batch_size or MICRO_BATCH
 
     def _backward(
         self,
@@ -251,7 +246,7 @@ class KLControl(Reinforce):
         of_all, seen = self._gather(advantage, own.mask.double())  # (N, T)
         white, n_tokens = whiten(of_all, seen.bool())[mine], float(seen.sum())
         self.optimizer.zero_grad(set_to_none=True)
-        for part in torch.split(torch.arange(len(samples)), self._micro_batch):
+        for part in torch.split(torch.arange(len(samples)), self._micro_batch(samples)):
             texts = samples[part]
             log_pi = self.policy.token_log_prob(texts, grad=True)
             fixed = (white, own.log_old, returns, own.values)

@@ -21,14 +21,13 @@ from dmgen.samplers import checkpoint
 from dmgen.samplers.config import TrainerConfig
 from dmgen.samplers.diagnostics import gradient_variance
 from dmgen.samplers.health import Health
+from dmgen.samplers.memory import micro_batch
 from dmgen.samplers.objectives import advantage, check_method, needs_whole_batch
 from dmgen.samplers.processes import Processes
 from dmgen.samplers.proposal import draw_mixture, draw_rows, is_closer
 from dmgen.samplers.subset import inclusion_probabilities, systematic_sample
 from dmgen.samplers.z_pool import ZPool
 
-# Texts in one forward and backward pass unless the user says otherwise.
-MICRO_BATCH = 64
 # learning_rate "auto": where it begins, how far it may move in a step, and on how many texts the
 # KL of a step is measured.
 _FIRST_RATE, _SLOWEST, _FASTEST, _N_MEASURED = 1e-5, 0.5, 1.3, 128
@@ -93,6 +92,7 @@ class Trainer:
         self.history: list[dict[str, Any]] = []
         # What a method keeps beside the policy: checkpoints hold it, `resume` fills it in place.
         self.own_state: dict[str, Tensor] = {}
+        self.micro_batch_size = config.micro_batch_size
         self.health = Health(config.batch_size)
 
     def train(
@@ -267,7 +267,7 @@ class Trainer:
             rows, scale = systematic_sample(keep, u), scale / keep
         self.optimizer.zero_grad(set_to_none=True)
         own = rows[(rows >= self.rows.start) & (rows < self.rows.stop)]
-        for part in torch.split(own, config.micro_batch_size or MICRO_BATCH):
+        for part in torch.split(own, self._micro_batch(samples)):
             log_pi = self.policy.log_prob(samples[part - self.rows.start], grad=True)
             if a is None:
                 seen[part] = log_pi.detach().cpu()
@@ -278,6 +278,12 @@ class Trainer:
             seen = self.processes.gather(seen[self.rows.start : self.rows.stop])
             a = weigh(everything)
         return seen, a
+
+    def _micro_batch(self, samples: Samples) -> int:
+        """Texts in one forward and backward pass; found once, on the first batch."""
+        if self.micro_batch_size is None:
+            self.micro_batch_size = micro_batch(self.policy, samples)
+        return self.micro_batch_size
 
     def _diagnose(self, samples: Samples, a: Tensor) -> dict[str, float]:
         """The gradient's variance on this process's texts, on the steps that ask for it."""
