@@ -35,28 +35,38 @@ from dmgen.cli_run import fit_target, load_model
 from dmgen.run_config import SAMPLERS, RunConfig
 
 TASKS = sorted((Path(__file__).parent / "tasks").glob("*.yaml"))
-ON_POLICY = "trainer.proposal_rule=policy"
+# Every so many steps, the variance of the gradient: Figure 5.
+DIAGNOSED = "trainer.diagnose_every=24"
 # By the name in tables: the method and what it sets beside the task's own settings.
 METHODS: dict[str, tuple[str, ...]] = {
-    "GDC++": ("method=GDCpp",),
-    "GDC": ("method=GDC",),
+    "GDC++": ("method=GDCpp", DIAGNOSED),
+    "GDC": ("method=GDC", DIAGNOSED),
     "REINFORCE": ("method=Reinforce",),
     "KL-control": ("method=KLControl",),
     "GDC++ improved": (
         "method=GDCpp",
-        ON_POLICY,
+        "trainer.proposal_rule=policy",
         "trainer.base_share=0.25",
         "trainer.baseline=optimal",
         "trainer.average_decay=0.95",
     ),
     "REINFORCE P(x)": ("method=ReinforceP",),
 }
+# Other batch sizes, at the same number of texts: Figure 4.
+BATCH_TASKS, BATCHES, TEXTS = ("01-album", "08-female"), (64, 1024), 24_576
+for size, method in product(BATCHES, ("GDC++", "GDC")):
+    METHODS[f"{method} batch {size}"] = (
+        METHODS[method][0],
+        f"trainer.batch_size={size}",
+        f"n_steps={TEXTS // size}",
+        f"trainer.warmup_steps={max(1, 8 * 256 // size)}",
+    )
 SEEDS = {"GDC++": 2, "GDC": 2}
 N_CURVE, N_QUARTERS, N_PAIRS = 512, 4, 6
 # Columns of the metrics that a result file keeps.
 KEPT = (
     "samples", "seconds", "log_z", "log_z_stderr", "ess", "kl_target_policy", "advantage_mean",
-    "advantage_abs_mean", "advantage_var", "proposal_updated", "kl_policy_base",
+    "advantage_abs_mean", "advantage_var", "grad_variance", "grad_norm", "proposal_updated",
 )  # fmt: skip
 Cell = tuple[str, str, int]
 
@@ -64,7 +74,11 @@ Cell = tuple[str, str, int]
 def cells() -> list[Cell]:
     """All cells, those of the first seed first."""
     every = product(range(2), METHODS, [path.stem for path in TASKS])
-    return [(task, method, seed) for seed, method, task in every if seed < SEEDS.get(method, 1)]
+    return [
+        (task, method, seed)
+        for seed, method, task in every
+        if seed < SEEDS.get(method, 1) and ("batch" not in method or task in BATCH_TASKS)
+    ]
 
 
 def path_of(base: str, cell: Cell) -> Path:
@@ -171,15 +185,14 @@ def main() -> None:
 
 
 def state(base: str) -> str:
-    """A table of tasks by methods: of how many seeds there are results."""
+    """A table of methods by tasks: of how many seeds there are results."""
     rows = []
-    for task in (path.stem for path in TASKS):
-        for method in METHODS:
-            own = [cell for cell in cells() if cell[:2] == (task, method)]
-            done = sum(path_of(base, cell).exists() for cell in own)
-            rows.append({"task": task, "method": method, "seeds": f"{done} of {len(own)}"})
-    table = pd.DataFrame(rows).pivot(index="task", columns="method", values="seeds")
-    return str(table[list(METHODS)])
+    for task, method in dict.fromkeys(cell[:2] for cell in cells()):
+        own = [cell for cell in cells() if cell[:2] == (task, method)]
+        done = sum(path_of(base, cell).exists() for cell in own)
+        rows.append({"task": task, "method": method, "seeds": f"{done}/{len(own)}"})
+    table = pd.DataFrame(rows).pivot(index="method", columns="task", values="seeds")
+    return str(table.reindex(METHODS).fillna("").to_string())
 
 
 if __name__ == "__main__":
