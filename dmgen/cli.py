@@ -21,6 +21,7 @@ from dmgen.cli_run import (
     load_model,
     plan,
     refuse_other_run,
+    refuse_tracker,
     refuse_used,
 )
 from dmgen.cli_run import run as run_all
@@ -194,8 +195,7 @@ def train(
         return
     if out is None:
         raise ValueError("give the run folder to make: --out runs/NAME")
-    if track is not None and track not in TRACKERS:
-        raise ValueError(f"--track must be one of {', '.join(TRACKERS)}, got {track!r}")
+    refuse_tracker(track)
     if Path(settings.base).is_dir() and settings.base != "tiny-bios":
         # The run folder must find its base from any working directory.
         settings = replace(settings, base=str(Path(settings.base).resolve()))

@@ -134,21 +134,14 @@ def _train(
 def _tracker(
     name: str | None, config: RunConfig, out: Path
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """What takes each row of metrics to a tracker; nothing where none is asked for.
-
-    Raises:
-        ValueError: the tracker's package is not installed.
-    """
+    """What takes each row of metrics to a tracker; nothing where none is asked for."""
     if name is None:
         yield lambda row: None
         return
     from accelerate import Accelerator
 
-    try:
-        accelerator = Accelerator(log_with=name, project_dir=out, cpu=not torch.cuda.is_available())
-        accelerator.init_trackers("dmgen", config={"config": runs.as_yaml(config.to_mapping())})
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"cannot track with {name!r}: {error}; pip install {name}") from error
+    accelerator = Accelerator(log_with=name, project_dir=out, cpu=not torch.cuda.is_available())
+    accelerator.init_trackers("dmgen", config={"config": runs.as_yaml(config.to_mapping())})
     try:
         yield lambda row: accelerator.log(row, step=row["step"])
     finally:
@@ -185,6 +178,18 @@ def load_model(name: str | Path, config: RunConfig) -> dmgen.CausalLM:
     return dmgen.CausalLM.from_pretrained(
         name, device=config.device, dtype=config.dtype, max_new_tokens=config.max_new_tokens
     )
+
+
+def refuse_tracker(name: str | None) -> None:
+    """Raises if the metrics cannot be sent to this tracker, which accelerate would only warn of."""
+    if name is None:
+        return
+    if name not in TRACKERS:
+        raise ValueError(f"--track must be one of {', '.join(TRACKERS)}, got {name!r}")
+    from accelerate.tracking import get_available_trackers
+
+    if name not in [tracker.value for tracker in get_available_trackers()]:
+        raise ValueError(f"--track {name} needs its package: pip install {name}")
 
 
 def refuse_used(out: Path) -> None:

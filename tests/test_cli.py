@@ -457,6 +457,15 @@ class TestEvidence:
             dmgen_command("train", config, "--out", tmp_path / "x", "--track", "paper"),
             "--track must be one of tensorboard",
         )
+        from accelerate.tracking import get_available_trackers
+
+        there = {tracker.value for tracker in get_available_trackers()}
+        for missing in {"tensorboard", "wandb", "mlflow"} - there:
+            refused(
+                dmgen_command("train", config, "--out", tmp_path / "x", "--track", missing),
+                f"pip install {missing}",
+            )
+            assert not (tmp_path / "x").exists()
         refused(
             dmgen_command("train", config, "--out", tmp_path / "x", "method_options.divergence=js"),
             "GDCpp takes no option 'divergence'",
