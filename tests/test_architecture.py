@@ -124,7 +124,8 @@ def test_only_causal_and_its_helpers_work_with_transformers():
         if name.split(".")[0] in ("transformers", "peft")
     }
     # The command line quiets its messages and progress bars.
-    own = {"models/causal.py", "models/hugging_face.py", "models/lora.py", "models/passes.py"}
+    helpers = ("attention", "causal", "hugging_face", "lora", "passes")
+    own = {f"models/{name}.py" for name in helpers}
     assert knows <= own | {"cli.py"}
 
 

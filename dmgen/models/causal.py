@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmgen.models import lora, passes
+from dmgen.models import attention, lora, passes
 from dmgen.models.base import Samples, refuse_nan, uniforms
 from dmgen.models.hugging_face import check_tokenizer, load, prompt_ids, texts_of
 
@@ -38,6 +38,8 @@ class CausalLM:
         chunked_head: score and train through the output layer a block of the vocabulary at a time,
             never holding the logits of all tokens at all positions. False keeps to the model's own
             logits, as is done anyway where the model caps, scales or otherwise changes them.
+        fast_attention: attend by plain matrix products where they are faster, on a CPU; False
+            keeps the model's own attention implementation.
 
     Raises:
         ValueError: the tokenizer has no EOS or one that the model cannot write, the weights are
@@ -53,6 +55,7 @@ class CausalLM:
         max_new_tokens: int = 40,
         dtype: torch.dtype | None = None,
         chunked_head: bool = True,
+        fast_attention: bool = True,
     ) -> None:
         weights = next(model.parameters()).dtype
         dtype = weights if dtype is None else dtype
@@ -68,6 +71,8 @@ class CausalLM:
         self.dtype = dtype
         self.model = model.eval().requires_grad_(False)
         self._has_adapter = False
+        if fast_attention:
+            attention.use(self.model)
         with torch.no_grad(), self._computing():
             exact = passes.check(self.model, tokenizer.eos_token_id, dtype)
         self._chunked_head = chunked_head and exact
@@ -82,6 +87,7 @@ class CausalLM:
         max_new_tokens: int = 40,
         trust_remote_code: bool = False,
         chunked_head: bool = True,
+        fast_attention: bool = True,
     ) -> CausalLM:
         """A frozen model from the package ("tiny-bios"), a local folder, or the hub.
 
@@ -92,7 +98,7 @@ class CausalLM:
                 40-token text is off by 0.25 nats on average, which costs effective sample size.
             max_new_tokens: default length of a text, in tokens.
             trust_remote_code: run code that comes with the checkpoint; off unless asked for.
-            chunked_head: see `CausalLM`.
+            chunked_head, fast_attention: see `CausalLM`.
 
         Raises:
             ValueError: there is no such folder or model, its weights are not safetensors or not all
@@ -110,6 +116,7 @@ class CausalLM:
             max_new_tokens=max_new_tokens,
             dtype=compute,
             chunked_head=chunked_head,
+            fast_attention=fast_attention,
         )
 
     @property

@@ -140,6 +140,12 @@ class _RoomyLayer(_DynamicLayer):  # type: ignore[misc]
         self._show()
         return self.keys, self.values
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        if self.is_initialized:
+            self.key_buffer = self.key_buffer.repeat_interleave(repeats, dim=0)
+            self.value_buffer = self.value_buffer.repeat_interleave(repeats, dim=0)
+            self._show()
+
     def reorder_cache(self, rows: Tensor) -> None:
         if not self.is_initialized:  # a layer that reads another layer's keys never is
             return

@@ -71,9 +71,13 @@ def decode(model: Any, start: Tensor, u: Tensor, eos: int) -> tuple[Tensor, Tens
     tokens = torch.full((n, length), eos, device=u.device)
     log_prob = torch.zeros(n, dtype=torch.float64, device=u.device)
     cache = roomy_cache(model.config, len(start) + length)
+    if len(start) > 1:
+        # All texts share the prompt: it is read once.
+        model(start[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache.batch_repeat_interleave(n)
     alive = torch.arange(n, device=u.device)
     going = torch.ones_like(alive, dtype=torch.bool)
-    inputs = start.expand(n, -1)
+    inputs = start[-1:].expand(n, -1)
     for t in range(length):
         out = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
         drawn, drawn_log_prob = draw_tokens(out.logits[:, -1].float(), u[alive, t])
