@@ -23,7 +23,8 @@ def chosen_log_prob(
     Plainly: `(hidden @ weight.T + bias).log_softmax(-1)[row, tokens[row]]`. The vocabulary is taken
     in blocks, and the backward pass computes each block again, so that about `chunk` logits are in
     memory at a time instead of M·V. By blocks of the vocabulary, not of the rows: so each row of
-    the weight's gradient is written once.
+    the weight's gradient is written once. Where all logits are few, at most two chunks, the forward
+    pass keeps the probabilities and nothing is computed twice.
 
     Products are made in the precision of `weight` or, under autocast, in that of autocast; logits
     are lifted to float32 before anything else happens to them.
@@ -43,7 +44,8 @@ def chosen_log_prob(
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    width = max(_MIN_WIDTH, chunk // max(1, len(hidden)))
+    few = len(hidden) * len(weight) <= 2 * chunk
+    width = len(weight) if few else max(_MIN_WIDTH, chunk // max(1, len(hidden)))
     result: Tensor = _ChosenLogProb.apply(hidden, weight, bias, tokens, dtype, width)  # type: ignore[no-untyped-call]
     return result
 
@@ -69,9 +71,11 @@ class _ChosenLogProb(torch.autograd.Function):
             # A block may hold nothing but -inf: tokens that a bias forbids.
             top = logits.amax(-1).clamp_(min=torch.finfo(logits.dtype).min)  # (M,)
             total = logits.sub_(top.unsqueeze(-1)).exp_().sum(-1)
-            sums.append(total.log_().add_(top))
+            sums.append(total.log().add_(top))
         log_z = torch.stack(sums).logsumexp(0)  # (M,)
-        ctx.save_for_backward(hidden, weight, bias, tokens, log_z)
+        keep = len(sums) == 1 and any(ctx.needs_input_grad)
+        p = logits.div_(total.unsqueeze(-1)) if keep else None  # (M, V)
+        ctx.save_for_backward(hidden, weight, bias, tokens, log_z, p)
         ctx.dtype, ctx.width = dtype, width
         return chosen - log_z
 
@@ -83,7 +87,7 @@ class _ChosenLogProb(torch.autograd.Function):
                 "log-probabilities by blocks of the vocabulary have no second derivative: use "
                 "CausalLM(..., chunked_head=False)"
             )
-        hidden, weight, bias, tokens, log_z = ctx.saved_tensors
+        hidden, weight, bias, tokens, log_z, p = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         blocks = _Blocks(hidden, weight, bias, ctx.dtype, ctx.width)
         grad = grad.to(blocks.lifted)
@@ -91,10 +95,11 @@ class _ChosenLogProb(torch.autograd.Function):
         to_hidden = torch.zeros(hidden.shape, dtype=blocks.lifted, device=hidden.device)
         to_weight = torch.empty_like(weight) if for_weight else None
         to_bias = torch.empty_like(bias) if for_bias else None
-        for start, logits in blocks:
-            stop = start + logits.shape[1]
-            column, inside = _column(tokens, start, logits)
-            slope = logits.sub_(log_z.unsqueeze(-1)).exp_().mul_(-grad.unsqueeze(-1))  # (M, C)
+        scale = -grad.unsqueeze(-1)
+        again = ((at, x.sub_(log_z.unsqueeze(-1)).exp_().mul_(scale)) for at, x in blocks)
+        for start, slope in again if p is None else [(0, p * scale)]:  # slope is (M, C)
+            stop = start + slope.shape[1]
+            column, inside = _column(tokens, start, slope)
             slope.scatter_add_(
                 1, column.unsqueeze(-1), torch.where(inside, grad, 0.0).unsqueeze(-1)
             )

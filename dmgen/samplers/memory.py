@@ -11,7 +11,7 @@ from torch import Tensor
 from dmgen.models.base import Samples
 
 # More texts at once make a CPU no faster; a GPU wants large products.
-_MOST = {"cpu": 64, "cuda": 1024}
+_MOST = {"cpu": 32, "cuda": 1024}
 # Of what is free: the backward pass needs room beside what the forward pass keeps for it.
 _SHARE = 1 / 4
 
@@ -27,7 +27,7 @@ def micro_batch(policy: Any, samples: Samples) -> int:
         samples: at least one text.
 
     Returns:
-        From 1 to 64 on a CPU, where more at once is no faster, to 1,024 on a GPU.
+        From 1 to 32 on a CPU, where more at once is no faster, to 1,024 on a GPU.
     """
     device = next(iter(policy.parameters())).device
     longest = int(samples.n_tokens.argmax())

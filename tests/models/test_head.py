@@ -26,15 +26,16 @@ class Largest(TorchDispatchMode):
 
 
 class Products(TorchDispatchMode):
-    """The types of all that is multiplied."""
+    """The types of all that is multiplied, and how many products there are."""
 
     def __init__(self):
         super().__init__()
-        self.dtypes = set()
+        self.dtypes, self.n = set(), 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
             self.dtypes |= {x.dtype for x in args if isinstance(x, torch.Tensor)}
+            self.n += 1
         return function(*args, **(kwargs or {}))
 
 
@@ -250,3 +251,24 @@ class TestMemory:
         with Largest() as all_at_once:
             plain(*inputs, tokens).sum().backward()
         assert all_at_once.n == 64 * 1000
+
+    def test_few_logits_are_kept_and_not_computed_again(self):
+        hidden, weight, bias, tokens, grad = layer(8, 3, 20)
+        inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
+        counts, slopes = [], []
+        for chunk in (80, 79):  # two chunks hold all logits, or do not: three blocks of 9, 9 and 2
+            with Products() as products:
+                found = chosen_log_prob(*inputs, tokens, chunk=chunk)
+                slopes.append(torch.autograd.grad(found @ grad, inputs))
+            counts.append(products.n)
+        # Forward, and two in the backward pass; or once more for each of three blocks.
+        assert counts == [3, 3 * 4]
+        for one, other in zip(*slopes, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+    def test_the_graph_can_be_used_twice(self):
+        hidden, weight, bias, tokens, grad = layer(8, 3, 20)
+        hidden.requires_grad_()
+        found = chosen_log_prob(hidden, weight, bias, tokens) @ grad
+        first, second = (torch.autograd.grad(found, hidden, retain_graph=True)[0] for _ in "ab")
+        assert torch.equal(first, second)

@@ -47,7 +47,7 @@ def test_it_counts_what_the_backward_pass_needs(monkeypatch):
 
 def test_it_is_at_least_one_text_and_at_most_what_is_fast(monkeypatch):
     model = Power(n_kept=5, width=100)
-    for free, expected in [(0, 1), (2**40, 64)]:
+    for free, expected in [(0, 1), (2**40, 32)]:
         with_free(monkeypatch, free)
         assert memory.micro_batch(model, texts(1)) == expected
 
@@ -59,7 +59,7 @@ def test_the_longest_text_counts(monkeypatch, gpt2_lm):
     assert samples.n_tokens[order[0]] < samples.n_tokens[order[-1]]
     with_free(monkeypatch, 2**17)
     long = memory.micro_batch(policy, samples[order[-1:]])
-    assert 1 < long < 64
+    assert 1 < long < 32
     assert memory.micro_batch(policy, samples) == long
     assert memory.micro_batch(policy, samples[order[:1]]) > long
 

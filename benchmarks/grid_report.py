@@ -1,0 +1,210 @@
+"""Tables and figures of the grid, from its result files.
+
+    python benchmarks/grid_report.py            # the figures; write_readme.py writes the tables
+
+Errors of a mean over seeds are those of the evaluations alone; the spread of seeds is the band of
+the figures.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import record
+from run_grid import BATCH_TASKS, METHODS, TASKS
+
+from dmgen.report import plots
+
+MAIN = [name for name in METHODS if "batch" not in name]
+POINTWISE = [path.stem for path in TASKS[:6]]
+# A row of the figures: its name, and what it is drawn of.
+PANELS = (
+    ("kl_target_policy", "KL(p‖π), nats"),
+    ("off", "mean |E φ − asked|"),
+    ("kl_policy_base", "KL(π‖a), nats"),
+    ("self_bleu_5", "Self-BLEU-5"),
+    ("distinct_1", "Distinct-1"),
+)
+NOISE = (
+    ("advantage_abs_mean", "mean |advantage|"),
+    ("advantage_var", "variance of the advantage"),
+    ("grad_variance", "variance of the gradient"),
+)
+
+
+@cache
+def load(base: str = "tiny-bios") -> list[dict[str, Any]]:
+    """All results of a base, in the order of the tables."""
+    files = (record.RESULTS / "grid").glob(f"{base}-*.json")
+    order = list(METHODS)
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
+    return sorted(found, key=lambda r: (r["task"], order.index(r["method"]), r["seed"]))
+
+
+def asked(result: dict[str, Any]) -> dict[str, float]:
+    """The mean that each constraint of a task asks for; 1 for one on every text."""
+    return {
+        row["metric"]: float(row["target"]) for row in result["final"]["rows"] if "target" in row
+    }
+
+
+def off(point: dict[str, Any], targets: dict[str, float]) -> tuple[float, float]:
+    """Mean distance of the moments from what was asked, and its error."""
+    errors = [point[name][1] for name in targets]
+    distance = np.mean([abs(point[name][0] - target) for name, target in targets.items()])
+    return float(distance), math.hypot(*errors) / len(errors)
+
+
+def final(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
+    """What the policy ended with: value and error by metric."""
+    rows = {
+        row["metric"]: (row["value"], row["stderr"])
+        for row in result["final"]["rows"]
+        if row["model"] in ("policy", "") and row["value"] is not None
+    }
+    return rows | {"off": off(rows, asked(result))}
+
+
+def finals(base: str = "tiny-bios") -> pd.DataFrame:
+    """Means over seeds: a row a task and method, columns `metric` and `metric_stderr`."""
+    rows = []
+    for result in load(base):
+        row: dict[str, Any] = {"task": result["task"], "method": result["method"]}
+        for metric, (value, stderr) in final(result).items():
+            row |= {metric: value, f"{metric}_stderr": stderr}
+        rows.append(row)
+    groups = pd.DataFrame(rows).groupby(["task", "method"], sort=False)
+    mean = groups.mean()
+    for column in mean:
+        if column.endswith("_stderr"):
+            mean[column] = groups[column].agg(lambda x: np.sqrt((x**2).sum()) / len(x))
+    return mean.reset_index()
+
+
+def curves(base: str = "tiny-bios") -> pd.DataFrame:
+    """The small evaluations over training: a row each; `seed` is the task with its seed."""
+    rows = []
+    for result in load(base):
+        for point in result["curve"]:
+            row = {key: value[0] for key, value in point.items() if isinstance(value, list)}
+            own = {
+                "task": result["task"], "method": result["method"],
+                "seed": f"{result['task']} {result['seed']}", "samples": point["samples"],
+            }  # fmt: skip
+            rows.append(row | own | {"off": off(point, asked(result))[0]})
+    return pd.DataFrame(rows)
+
+
+def steps(base: str = "tiny-bios") -> pd.DataFrame:
+    """The metrics of every step of GDC++ and GDC."""
+    frames = [
+        pd.DataFrame(result["metrics"]).assign(
+            task=result["task"], method=result["method"], seed=str(result["seed"])
+        )
+        for result in load(base)
+        if result["method"] in ("GDC++", "GDC")
+    ]
+    return pd.concat(frames)
+
+
+def draw_training() -> Any:
+    """After Figure 3: pointwise tasks above, the others below, mean and range over tasks."""
+    frame = curves()
+    frame = frame[frame["method"].isin(MAIN)]
+    groups = {
+        "pointwise": frame[frame["task"].isin(POINTWISE)],
+        "distributional and hybrid": frame[~frame["task"].isin(POINTWISE)],
+    }
+    figure, axes = _figure(2, len(PANELS))
+    colours = plots.palette(MAIN)
+    for row, (name, part) in zip(axes, groups.items(), strict=True):
+        for ax, (value, title) in zip(row, PANELS, strict=True):
+            plots.draw_curves(ax, part, value, colours=colours)
+            ax.set_title(f"{title}\n{name}", fontsize=10, loc="left")
+    _legend(figure, axes)
+    return figure
+
+
+def draw_noise() -> Any:
+    """After Figures 2 and 5: how large and how noisy the advantages and the gradient are."""
+    frame = steps()
+    figure, axes = _figure(2, len(NOISE))
+    for row, task in zip(axes, ("01-album", "07-topics"), strict=True):
+        for ax, (value, title) in zip(row, NOISE, strict=True):
+            own = frame[(frame["task"] == task) & frame[value].notna()]
+            window = 10 if len(own) > 50 else 1
+            plots.draw_curves(ax, own, value, window=window, colours=plots.palette(MAIN))
+            ax.set_title(f"{title}\n{task}", fontsize=10, loc="left")
+            ax.set_yscale("log")
+    _legend(figure, axes)
+    return figure
+
+
+def draw_batches() -> Any:
+    """After Figure 4: KL(p‖π) at the end by batch size, with 95 % intervals."""
+    figure, axes = _figure(1, len(BATCH_TASKS))
+    for ax, task in zip(axes[0], BATCH_TASKS, strict=True):
+        for method, (colour, _) in plots.palette(["GDC++", "GDC"]).items():
+            points = batches(task, method)
+            sizes = list(points)
+            values, errors = zip(*points.values(), strict=True) if points else ((), ())
+            ax.errorbar(
+                sizes, values, yerr=1.96 * np.array(errors), color=colour, marker="o",
+                capsize=3, label=method,
+            )  # fmt: skip
+        ax.set_xscale("log", base=2)
+        ax.set_title(f"KL(p‖π) at the end, nats\n{task}", fontsize=10, loc="left")
+        ax.set_xlabel("texts a step")
+    _legend(figure, axes)
+    return figure
+
+
+def batches(task: str, method: str) -> dict[int, tuple[float, float]]:
+    """KL(p‖π) at the end with its error, by batch size."""
+    frame = finals().set_index(["task", "method"])
+    found = {}
+    for name in METHODS:
+        if name.split(" batch")[0] == method and (task, name) in frame.index:
+            size = int(name.split()[-1]) if "batch" in name else 256
+            row = frame.loc[(task, name)]
+            found[size] = (row["kl_target_policy"], row["kl_target_policy_stderr"])
+    return dict(sorted(found.items()))
+
+
+def _figure(n_rows: int, n_columns: int) -> Any:
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        n_rows, n_columns, figsize=(3.3 * n_columns, 2.9 * n_rows), squeeze=False,
+        layout="constrained",
+    )  # fmt: skip
+    for ax in axes[-1]:
+        ax.set_xlabel("texts drawn")
+    for ax in axes.flat:
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(color="#e4e8ec", linewidth=0.7)
+    return figure, axes
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+
+
+def main() -> None:
+    """Draws every figure."""
+    for name, draw in (
+        ("training", draw_training), ("noise", draw_noise), ("batches", draw_batches),
+    ):  # fmt: skip
+        path = record.RESULTS / f"grid_{name}.png"
+        draw().savefig(path, dpi=110)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
