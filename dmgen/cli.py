@@ -33,7 +33,7 @@ DEMO = RunConfig(
     constraints=[{"moment": {"gender": "female"}, "target": 0.5}],
     max_new_tokens=40,
     method="GDCpp",
-    n_steps=60,
+    n_steps=70,
     fit=FitConfig(n_samples=10_240),
     trainer=dmgen.TrainerConfig(
         batch_size=1024,
