@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 
 import pandas as pd
-from grid_report import MAIN, POINTWISE, asked, batches, finals, load, steps
+from grid_report import POINTWISE, asked, batches, finals, load, steps
 from run_grid import BATCH_TASKS
 
 COLUMNS = {
@@ -102,8 +102,9 @@ def _claims() -> Iterator[Row]:
         ("kl_target_policy", "has a smaller KL(p‖π) than"),
         ("kl_policy_base", "has a smaller KL(π‖a) than"),
     ):
-        yield f"(dmgen's own) GDC++ improved {word} GDC++", *_count(
-            frame, metric, "GDC++ improved", "GDC++", 0.7
+        yield (
+            f"(dmgen's own) GDC++ improved {word} GDC++",
+            *_count(frame, metric, "GDC++ improved", "GDC++", 0.7),
         )
 
 
@@ -167,8 +168,10 @@ def _noise_claims() -> Iterator[Row]:
         n, lower = len(mean), int((mean["GDC++"] < mean["GDC"]).sum())
         ratio = (mean["GDC++"] / mean["GDC"]).median()
         said = f"lower in {lower} of {n} tasks, in the middle one {ratio:.2f} times that of GDC"
-        yield f"GDC++ lowers the variance of the {word}", said, (
-            "holds" if lower == n else "undecided" if lower > n / 2 else "does not"
+        yield (
+            f"GDC++ lowers the variance of the {word}",
+            said,
+            ("holds" if lower == n else "undecided" if lower > n / 2 else "does not"),
         )
 
 
@@ -181,9 +184,7 @@ def _extreme(
         if all((task, method) in frame.index for method in [one, *others])
     ]
     so = [
-        all(
-            sign * (frame.loc[(t, one)][metric] - frame.loc[(t, m)][metric]) > 0 for m in others
-        )
+        all(sign * (frame.loc[(t, one)][metric] - frame.loc[(t, m)][metric]) > 0 for m in others)
         for t in tasks
     ]
     return _share(sum(so), len(tasks))
@@ -194,8 +195,7 @@ def _between(frame: pd.DataFrame) -> tuple[str, str]:
     for task in frame.index.get_level_values("task").unique():
         if all((task, m) in frame.index for m in ("GDC++", "KL-control", "REINFORCE")):
             low, mid, high = (
-                frame.loc[(task, m)]["kl_policy_base"]
-                for m in ("GDC++", "KL-control", "REINFORCE")
+                frame.loc[(task, m)]["kl_policy_base"] for m in ("GDC++", "KL-control", "REINFORCE")
             )
             n, so = n + 1, so + (low < mid < high)
     return _share(so, n)
@@ -211,7 +211,9 @@ def _share(so: int, n: int) -> tuple[str, str]:
 def _score(row: dict[str, float], metric: str) -> str:
     value = row.get(metric, math.nan)
     digits = 4 if metric == "distinct_1" else 3
-    return "-" if math.isnan(value) else f"{value:.{digits}f} ± {row[f'{metric}_stderr']:.{digits}f}"
+    return (
+        "-" if math.isnan(value) else f"{value:.{digits}f} ± {row[f'{metric}_stderr']:.{digits}f}"
+    )
 
 
 def _cell(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ def facts() -> dict[str, Any]:
         check=False,
     )
     return {
-        "command": " ".join(["python", f"benchmarks/{script.name}", *sys.argv[1:]]),
+        "command": shlex.join(["python", f"benchmarks/{script.name}", *sys.argv[1:]]),
         "commit": commit.stdout.strip() or "unknown",
         "hardware": {"cpus": os.cpu_count(), "cpu": cpu_name()},
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),

@@ -176,12 +176,17 @@ def peak(name: str, n: int, prompt: str) -> int:
 
 def table(result: dict[str, Any]) -> str:
     """Median seconds by phase, with the range, and the ratios that matter."""
-    lines = ["| variant | " + " | ".join(PHASES) + " |", "|---" * (1 + len(PHASES)) + "|"]
+    made_by = (
+        f"`{result['command']}`: {result['texts']} texts of {result['length']} tokens, "
+        f"{result['torch_threads']} threads of {result['hardware']['cpu']}, torch "
+        f"{result['versions']['torch']}. Seconds, medians; after a round to warm up."
+    )
+    lines = [made_by, "", "| variant | " + " | ".join(PHASES) + " |",
+             "|---" * (1 + len(PHASES)) + "|"]  # fmt: skip
     middle = {v: {p: statistics.median(x) for p, x in by.items()}
               for v, by in result["seconds"].items()}  # fmt: skip
     for variant, by_phase in result["seconds"].items():
-        cells = [f"{statistics.median(x):.2f} ({min(x):.2f} to {max(x):.2f})" for x in
-                 by_phase.values()]  # fmt: skip
+        cells = [_shown(x) for x in by_phase.values()]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     for own, other in (("dmgen fp32", "plain fp32"), ("dmgen bf16", "plain bf16"),
                        ("dmgen bf16", "floor bf16")):  # fmt: skip
@@ -190,6 +195,11 @@ def table(result: dict[str, Any]) -> str:
     peaks = ", ".join(f"{n} texts {b / 2**30:.2f} GiB" for n, b in result["peak_bytes"].items())
     return "\n".join([*lines, "", f"Peak memory of a step in bf16, micro-batch {MICRO_BATCH}: "
                       f"{peaks}."])  # fmt: skip
+
+
+def _shown(seconds: list[float]) -> str:
+    middle = f"{statistics.median(seconds):.2f}"
+    return middle if len(seconds) == 1 else f"{middle} ({min(seconds):.2f} to {max(seconds):.2f})"
 
 
 def main() -> None:
@@ -213,7 +223,7 @@ def main() -> None:
         "peak_bytes": {n: peak(args.model, n, args.prompt) for n in (args.texts, 8 * args.texts)},
         "seconds": measure(args.model, args.texts, args.prompt, args.rounds),
     }
-    print(table(json.loads(json.dumps(result))))
+    print(table(json.loads(json.dumps(result))))  # as it will be read from its file
     label = args.model.rstrip("/").split("/")[-1].replace("-", "_")
     runs.write_json(record.RESULTS / f"throughput_{label}.json", result)
 

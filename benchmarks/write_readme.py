@@ -16,6 +16,7 @@ from typing import Any
 
 import batch_size
 import beyond
+import throughput
 from lambda_fit import cpu_name
 from lambda_fit import table as lambda_table
 
@@ -87,6 +88,8 @@ TABLES = {
     "batch_size": lambda: batch_size.table(read("batch_size")),
     "beyond_rare": lambda: beyond.table("rare"),
     "beyond_bios": lambda: beyond.table("bios"),
+    "throughput_smollm2": lambda: throughput.table(read("throughput_smollm2")),
+    "throughput_tiny_bios": lambda: throughput.table(read("throughput_tiny_bios")),
 }
 
 
