@@ -53,7 +53,8 @@ class TrainerConfig:
         first_batches_from_fit: use the texts that λ was fitted on as the first batches: they are
             drawn, scored and looked at already.
         checkpoint_every: steps between checkpoints; None: only where `train` ends.
-        evaluate_every: steps between evaluations on fresh samples; None: never.
+        evaluate_every: steps between evaluations on fresh samples, of the averaged weights where
+            an average is kept; None: never.
         diagnose_every: steps between measurements of the gradient's variance
             (`diagnostics.gradient_variance`), one backward pass a text; None: never.
         seed: of every draw of the run.

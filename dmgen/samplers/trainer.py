@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -399,11 +400,25 @@ class Trainer:
             )
         return row
 
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The policy as `train` would leave it now: with averaged weights, if they are kept."""
+        if self.average is None:
+            yield
+            return
+        last = {k: v.clone() for k, v in self.policy.state_dict().items()}
+        self.policy.load_state_dict(self.average)
+        try:
+            yield
+        finally:
+            self.policy.load_state_dict(last)
+
     def _record(self, folder: Path, row: dict[str, Any]) -> None:
         runs.append_row(folder / "metrics.jsonl", row)
         config = self.config
         if config.evaluate_every and self.step % config.evaluate_every == 0:
-            scores = evaluate(self.policy, self.target, seed=self.step)
+            with self._averaged():
+                scores = evaluate(self.policy, self.target, seed=self.step)
             runs.append_row(folder / "evaluations.jsonl", {"step": self.step} | scores.to_dict())
         if config.checkpoint_every and self.step % config.checkpoint_every == 0:
             checkpoint.save(self, folder)

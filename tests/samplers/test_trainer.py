@@ -9,6 +9,7 @@ import torch
 from conftest import as_table
 
 import dmgen
+from dmgen import runs
 from dmgen.samplers.trainer import Trainer
 
 MATCHING = [dmgen.DPG, dmgen.GDC, dmgen.GDCpp, dmgen.FDPG, dmgen.VarGrad]
@@ -386,3 +387,20 @@ def test_a_broken_sampler_shows_in_the_drift_of_z(base, target):
     with pytest.warns(RuntimeWarning, match="log Z has moved"):
         assert run(Broken) < -5
     assert abs(run(type(base))) < 4
+
+
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_an_evaluation_is_of_what_training_would_leave(base, target, tmp_path, decay):
+    settings = config(average_decay=decay, evaluate_every=3, warmup_steps=0)
+    policy, twin = base.copy(), base.copy()
+    sampler = dmgen.GDCpp(policy, target, settings)
+    sampler.train(4, tmp_path)
+    (row,) = runs.read_rows(tmp_path / "evaluations.jsonl")
+    dmgen.GDCpp(twin, target, settings).train(3)
+    expected = dmgen.evaluate(twin, target, seed=3).to_dict()
+    assert row["rows"] == json.loads(json.dumps(expected["rows"]))
+    # It changes nothing: the fourth step is that of a run without evaluations.
+    other = base.copy()
+    dmgen.GDCpp(other, target, config(average_decay=decay, warmup_steps=0)).train(4)
+    for a, b in zip(policy.state_dict().values(), other.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
