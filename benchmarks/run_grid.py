@@ -4,7 +4,7 @@
     python benchmarks/run_grid.py --share 0/2               # every other one of them
     python benchmarks/run_grid.py --list                    # what there is and what is missing
     python benchmarks/run_grid.py --only 08-female/GDC++/0  # one cell, again if it is there
-    python benchmarks/run_grid.py --base gpt2 n_steps=2000 trainer.batch_size=512
+    python benchmarks/run_grid.py --base gpt2 n_steps=2000 trainer.total_steps=2000
 
 A cell is a task (`tasks/*.yaml`), a method and a seed; its result is a file in `results/grid/`,
 written when the cell is done, so the grid can be stopped at any time. Run two shares side by side
@@ -59,6 +59,7 @@ for size, method in product(BATCHES, ("GDC++", "GDC")):
         METHODS[method][0],
         f"trainer.batch_size={size}",
         f"n_steps={TEXTS // size}",
+        f"trainer.total_steps={TEXTS // size}",
         f"trainer.warmup_steps={max(1, 8 * 256 // size)}",
     )
 SEEDS = {"GDC++": 2, "GDC": 2}

@@ -16,6 +16,7 @@ from typing import Any
 
 import batch_size
 import beyond
+import grid_claims
 import throughput
 from lambda_fit import cpu_name
 from lambda_fit import table as lambda_table
@@ -88,6 +89,9 @@ TABLES = {
     "batch_size": lambda: batch_size.table(read("batch_size")),
     "beyond_rare": lambda: beyond.table("rare"),
     "beyond_bios": lambda: beyond.table("bios"),
+    "grid": grid_claims.table,
+    "grid_claims": grid_claims.claims,
+    "grid_texts": grid_claims.texts,
     "throughput_smollm2": lambda: throughput.table(read("throughput_smollm2")),
     "throughput_tiny_bios": lambda: throughput.table(read("throughput_tiny_bios")),
 }
