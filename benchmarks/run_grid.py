@@ -1,10 +1,12 @@
-"""The papers' comparison: ten tasks, each by several methods, with as many texts each.
+r"""The papers' comparison: ten tasks, each by several methods, with as many texts each.
 
     python benchmarks/run_grid.py                           # every cell without a result file
     python benchmarks/run_grid.py --share 0/2               # every other one of them
     python benchmarks/run_grid.py --list                    # what there is and what is missing
     python benchmarks/run_grid.py --only 08-female/GDC++/0  # one cell, again if it is there
     python benchmarks/run_grid.py --base gpt2 n_steps=2000 trainer.total_steps=2000
+    python benchmarks/run_grid.py --base models/smollm2 --keep runs/grid --curve 256 \
+        --only 03-politics/GDC++/0 dtype=bfloat16 n_steps=60 trainer.total_steps=60
 
 A cell is a task (`tasks/*.yaml`), a method and a seed; its result is a file in `results/grid/`,
 written when the cell is done, so the grid can be stopped at any time. Run two shares side by side
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import resource
 import time
 from functools import cache
 from itertools import product
@@ -32,7 +35,7 @@ from tqdm import tqdm
 import dmgen
 from dmgen import runs
 from dmgen.cli_run import fit_target, load_model
-from dmgen.run_config import SAMPLERS, RunConfig
+from dmgen.run_config import SAMPLERS, RunConfig, load_target, save_target
 
 TASKS = sorted((Path(__file__).parent / "tasks").glob("*.yaml"))
 # Every so many steps, the variance of the gradient: Figure 5.
@@ -63,7 +66,7 @@ for size, method in product(BATCHES, ("GDC++", "GDC")):
         f"trainer.warmup_steps={max(1, 8 * 256 // size)}",
     )
 SEEDS = {"GDC++": 2, "GDC": 2}
-N_CURVE, N_QUARTERS, N_PAIRS = 512, 4, 6
+N_QUARTERS, N_PAIRS = 4, 6
 # Columns of the metrics that a result file keeps.
 KEPT = (
     "samples", "seconds", "log_z", "log_z_stderr", "ess", "kl_target_policy", "advantage_mean",
@@ -104,18 +107,35 @@ def target_of(base: str, task: str, overrides: tuple[str, ...]) -> dmgen.EBM:
     return fit_target(config, load_model(base, config), show=False)
 
 
-def run(base: str, cell: Cell, overrides: list[str]) -> dict[str, Any]:
-    """Trains one cell: its metrics, evaluations over training, final scores, and texts."""
+def run(base: str, cell: Cell, overrides: list[str], n_curve: int, keep: Path | None) -> Any:
+    """Trains one cell: its metrics, evaluations over training, final scores, and texts.
+
+    With `keep`, a run folder in there has its checkpoints, and a cell that was stopped goes on.
+    """
     started = time.process_time()
     config = config_of(base, cell, overrides)
     target = target_of(base, cell[0], tuple(overrides))
+    folder = None if keep is None else keep / path_of(base, cell).stem
+    begun = folder is not None and any((folder / "checkpoints").glob("step-*"))
+    if folder is not None and begun:
+        target = load_target(folder, config, target.base)
     policy = target.base.copy()
     sampler = SAMPLERS[config.method](policy, target, config.trainer, **config.method_options)
-    curve = [point(sampler)]
-    for i in range(N_QUARTERS):
-        until = round(config.n_steps * (i + 1) / N_QUARTERS)
-        sampler.train(until - sampler.step)
-        curve.append(point(sampler))
+    curve: list[dict[str, Any]] = []
+    if folder is not None and begun:
+        sampler.resume(folder)
+        curve = [r for r in runs.read_rows(folder / "curve.jsonl") if r["step"] <= sampler.step]
+    elif folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_target(folder, target)
+        runs.write_rows(folder / "curve.jsonl", [])
+    for until in (round(config.n_steps * i / N_QUARTERS) for i in range(N_QUARTERS + 1)):
+        if until > sampler.step:
+            sampler.train(until - sampler.step, folder)
+        if until == sampler.step and until not in [row["step"] for row in curve]:
+            curve.append(point(sampler, n_curve))
+            if folder is not None:
+                runs.append_row(folder / "curve.jsonl", curve[-1])
     final = config.evaluate
     scores = dmgen.evaluate(policy, target, n_samples=final.n_samples, seed=final.seed)
     before, after = (
@@ -123,11 +143,11 @@ def run(base: str, cell: Cell, overrides: list[str]) -> dict[str, Any]:
         for model in (target.base, policy)
     )
     return {
-        "base": base,
+        "base": Path(base).name,
         "task": cell[0],
         "method": cell[1],
         "seed": cell[2],
-        "config": config.to_mapping(),
+        "config": config.to_mapping() | {"base": Path(base).name},
         "constraints": target.to_dict()["constraints"],
         "metrics": {key: [short(row.get(key)) for row in sampler.history] for key in KEPT},
         "curve": curve,
@@ -135,6 +155,7 @@ def run(base: str, cell: Cell, overrides: list[str]) -> dict[str, Any]:
         "texts": [list(pair) for pair in zip(before, after, strict=True)],
         "training_seconds": round(sampler.seconds, 1),
         "core_seconds": round(time.process_time() - started, 1),
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
@@ -143,9 +164,9 @@ def short(x: Any) -> float | None:
     return float(f"{x:.4g}") if x is not None and math.isfinite(x) else None
 
 
-def point(sampler: Any) -> dict[str, Any]:
+def point(sampler: Any, n_samples: int) -> dict[str, Any]:
     """One point of the curves: a small evaluation of the policy as it stands, value and error."""
-    scores = dmgen.evaluate(sampler.policy, sampler.target, n_samples=N_CURVE, seed=1000)
+    scores = dmgen.evaluate(sampler.policy, sampler.target, n_samples=n_samples, seed=1000)
     found = {
         row["metric"]: [short(row["value"]), short(row["stderr"])]
         for row in scores.to_dict()["rows"]
@@ -163,6 +184,10 @@ def main() -> None:
     parser.add_argument("--base", default="tiny-bios", help="tiny-bios, a folder, or a hub id")
     parser.add_argument("--share", default="0/1", help="I/N: every N-th cell, from the I-th on")
     parser.add_argument("--only", help="TASK/METHOD/SEED: this cell, again if it is there")
+    parser.add_argument("--curve", type=int, default=512, help="texts of an evaluation on the way")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder for checkpoints: a cell that was stopped goes on"
+    )
     parser.add_argument("--list", action="store_true", help="show what is there; run nothing")
     args = parser.parse_args()
     if args.list:
@@ -178,7 +203,7 @@ def main() -> None:
         chosen = [c for c in cells()[share::n_shares] if not path_of(args.base, c).exists()]
     for cell in tqdm(chosen, unit="cell"):
         started = time.time()
-        result = run(args.base, cell, args.overrides)
+        result = run(args.base, cell, args.overrides, args.curve, args.keep)
         wall = {"wall_seconds": round(time.time() - started, 1)}
         path = path_of(args.base, cell)
         path.parent.mkdir(parents=True, exist_ok=True)
