@@ -166,7 +166,9 @@ def interval(row: Mapping[str, Any]) -> tuple[float, float]:
     """The 99 % interval of a row of an evaluation: its own if it has one, else the normal one."""
     if row.get("low") is not None and row.get("high") is not None:
         return float(row["low"]), float(row["high"])
-    return as_score(row).interval(LEVEL)
+    low, high = as_score(row).interval(LEVEL)
+    # A share of n-grams.
+    return low, min(high, 1.0) if row["metric"].startswith("distinct") else high
 
 
 def _rows(path: Path) -> list[Row]:

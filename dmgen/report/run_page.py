@@ -304,14 +304,22 @@ def _fit(record: RunRecord) -> list[Markup]:
         ),
     ]
     if rows:
-        head = ["feature", "mean under the base", "texts with it", "asked", "λ", "reached"]
+        head = [
+            "feature",
+            "mean under the base",
+            "texts with it",
+            "asked",
+            "λ",
+            "mean when weighted",
+        ]
         parts.append(table(head, rows))
     log_z = Score(fit["log_z"], fit["log_z_stderr"], n)
     least = Score(fit["kl_target_base"], fit["kl_target_base_stderr"], n)
     parts.append(
         tag(
             "p",
-            f"Weighted, these texts are worth {fit['ess']:,.0f} (ESS). log Z {log_z}; "
+            f"Weighted, these texts are worth {fit['ess']:,.0f} (ESS, the effective sample size). "
+            f"log Z, the logarithm of the mean weight, is {log_z}; "
             f"KL(p‖a) {least} nats.",
         )
     )

@@ -15,8 +15,14 @@ __all__ = ["Price", "asked", "asked_in_numbers", "number", "prices", "reached", 
 
 # Of a text in the singular and of texts in the plural, by kind of feature and argument.
 _GENDERS = {
-    "female": ("is about a woman", "are about women"),
-    "male": ("is about a man", "are about men"),
+    "female": (
+        "is about a woman (more female than male pronouns)",
+        "are about women (more female than male pronouns)",
+    ),
+    "male": (
+        "is about a man (more male than female pronouns)",
+        "are about men (more male than female pronouns)",
+    ),
     "neither": ("is about neither a woman nor a man", "are about neither women nor men"),
 }
 _SHARES = {0.25: "a quarter", 1 / 3: "a third", 0.5: "half", 0.75: "three quarters"}
@@ -57,12 +63,14 @@ def asked(constraint: Mapping[str, Any], *, binary: bool) -> str:
 
 
 def asked_in_numbers(row: Row, tolerance: float) -> str:
-    """What a row of an evaluation was judged by: "mean of female = 0.5 ± 0.05"."""
+    """What a row of an evaluation was judged by: "mean of female = 0.5, met from 0.45 to 0.55"."""
     name, target = row["metric"].removeprefix("E[").removesuffix("]"), row["target"]
     if isinstance(target, Sequence):
         low, high = target
-        return f"mean of {name} between {low:g} and {high:g}, ± {tolerance:g}"
-    return f"mean of {name} = {target:g} ± {tolerance:g}"
+        wish = f"between {low:g} and {high:g}"
+    else:
+        low, high, wish = target, target, f"= {target:g}"
+    return f"mean of {name} {wish}, met from {low - tolerance:g} to {high + tolerance:g}"
 
 
 def reached(row: Row, tolerance: float) -> str:
@@ -176,7 +184,7 @@ def _missing(missing: Score, least: Score) -> str:
     share = 1 - missing.value / least.value
     if share < 0:
         return f"{what} The base itself is closer, at {least.value:.3g}."
-    return f"{what} The base itself is {least.value:.3g} away: {share:.0%} of the way is done."
+    return f"{what} The base itself is {least.value:.3g} away: {share:.0%} of that is gone."
 
 
 def _holds(feature: Mapping[str, Any]) -> tuple[str, str]:
