@@ -14,6 +14,8 @@ from transformers.masking_utils import sdpa_mask
 NAME = "dmgen"
 # Beyond so many keys a fused kernel, which keeps no matrix of weights, is the better choice.
 _MOST_KEYS = 256
+# What some models add to attention, and `attend` does not know of.
+_EXTRA = ("softcap", "position_bias", "cache", "s_aux")
 
 
 def use(model: Any) -> None:
@@ -37,8 +39,7 @@ def attend(
 
     The heads that share keys are rows of one product, so that keys are never repeated. On other
     devices, for long texts, and wherever more is asked than causal attention, torch's own kernel
-    does it. Measured on two cores, bfloat16, 32 texts of 41 tokens, nine heads over three: forward
-    and backward in 6 ms against 34.
+    does it. The gain is largest in bfloat16, and there in the backward pass.
 
     Args:
         module: the attention layer.
@@ -72,9 +73,6 @@ def attend(
     found = torch.matmul(weights, value).view(n, heads, t, value.shape[-1])
     return found.transpose(1, 2).contiguous(), None
 
-
-# What some models add to attention, and the products above do not know of.
-_EXTRA = ("softcap", "position_bias", "cache", "s_aux")
 
 AttentionInterface.register(NAME, attend)
 AttentionMaskInterface.register(NAME, sdpa_mask)
