@@ -76,6 +76,8 @@ def token_log_probs_sum_to_log_prob(model: Any, space: Samples, tolerance: float
     torch.testing.assert_close(
         model.log_prob(space), per_token.double().sum(-1), rtol=1e-12, atol=1e-12
     )
+    known = model.token_log_prob(space, hidden=model.hidden_states(space))
+    torch.testing.assert_close(known, per_token, rtol=0, atol=tolerance)
 
 
 def batches_score_like_single_texts(model: Any, space: Samples, tolerance: float) -> None:

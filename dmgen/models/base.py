@@ -139,9 +139,17 @@ class LanguageModel(Protocol):
         ...
 
     def token_log_prob(
-        self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
+        self,
+        samples: Samples,
+        *,
+        batch_size: int | None = None,
+        grad: bool = False,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        """Log-probability of each token given those before it, `(N, T)`, 0 where masked."""
+        """Log-probability of each token given those before it, `(N, T)`, 0 where masked.
+
+        `hidden` is what `hidden_states` gave for the same samples, which may save a pass.
+        """
         ...
 
     def hidden_states(

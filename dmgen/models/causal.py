@@ -175,7 +175,12 @@ class CausalLM:
         )
 
     def token_log_prob(
-        self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
+        self,
+        samples: Samples,
+        *,
+        batch_size: int | None = None,
+        grad: bool = False,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Log-probability of each stored token given the prompt and the tokens before it.
 
@@ -186,6 +191,8 @@ class CausalLM:
             samples: what to score; the stored ids are scored, never the text tokenised again.
             batch_size: texts a forward pass; None chooses by memory.
             grad: keep the graph, on the model's device.
+            hidden: what `hidden_states` gave for the same samples, if it is there: the output layer
+                alone is computed then (unless the model changes its logits).
 
         Returns:
             float32 `(N, T)`, nats, 0 where masked; on the CPU unless `grad`.
@@ -198,7 +205,14 @@ class CausalLM:
         def score(start: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
             return passes.score(self.model, start, tokens, mask, chunked=self._chunked_head)
 
-        scored = self._in_order(samples, batch_size, grad, (), score)
+        known = self._chunked_head and passes.linear_head(self.model) is not None
+        if hidden is not None and known:
+            with torch.set_grad_enabled(grad), self._computing():
+                given = (x.to(self.device) for x in (hidden, samples.tokens, samples.mask))
+                scored = passes.score_states(self.model, *given)
+            scored = scored if grad else scored.cpu()
+        else:
+            scored = self._in_order(samples, batch_size, grad, (), score)
         refuse_nan(scored.detach(), samples.texts)
         return scored
 

@@ -116,15 +116,19 @@ def score(model: Any, start: Tensor, tokens: Tensor, mask: Tensor, *, chunked: b
     `chunked` says that these are the output layer's linear map of `states`; then those of a block
     of the vocabulary are computed at a time, and for unmasked positions only.
     """
-    head = linear_head(model) if chunked else None
-    if head is not None:
-        hidden = states(model, start, tokens)[mask]  # (M, D)
-        found = chosen_log_prob(hidden, head.weight, head.bias, tokens[mask])
-        return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found)
+    if chunked and linear_head(model) is not None:
+        return score_states(model, states(model, start, tokens), tokens, mask)
     logits = model(_inputs(start, tokens), use_cache=False, logits_to_keep=tokens.shape[1]).logits
     logits = logits.float()
     chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
+
+
+def score_states(model: Any, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+    """`score` from the states before each token, `(n, t, D)`, through the output layer alone."""
+    head = model.get_output_embeddings()
+    found = chosen_log_prob(hidden[mask], head.weight, head.bias, tokens[mask])
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found)
 
 
 def texts_a_draw(model: Any) -> int:

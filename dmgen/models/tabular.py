@@ -115,9 +115,16 @@ class TabularLM:
         return self.token_log_prob(samples, grad=grad).sum(-1)
 
     def token_log_prob(
-        self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
+        self,
+        samples: Samples,
+        *,
+        batch_size: int | None = None,
+        grad: bool = False,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Log-probability of each token in nats, float64 `(N, T)`, 0 where masked.
+
+        `batch_size` and `hidden` are for models that compute more than a look into a table.
 
         Raises:
             ValueError: a text has a prompt or is longer than the table, or the table holds NaN.

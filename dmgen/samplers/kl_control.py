@@ -199,10 +199,10 @@ class KLControl(Reinforce):
 
     def _roll_out(self, samples: Samples) -> Rollout:
         log_base = self.target.base.token_log_prob(samples).double()
-        parts = list(samples.split(self._micro_batch(samples)))
+        parts = samples.split(self._micro_batch(samples))
         log_old, values = (
-            torch.cat([score(part).cpu().double() for part in parts])
-            for score in (self.policy.token_log_prob, self._predict)
+            torch.cat([x.cpu().double() for x in columns])
+            for columns in zip(*(self._look(part) for part in parts), strict=True)
         )
         infinite = (log_base == -math.inf).any(-1)
         if bool(infinite.any()):
@@ -216,12 +216,14 @@ class KLControl(Reinforce):
     def _drawn(self) -> Rollout:
         return cast(Rollout, self._rollout)  # `_draw` comes first in every step
 
-    def _predict(self, samples: Samples, grad: bool = False) -> Tensor:
-        """The value before each token, `(n, T)`, 0 where masked, on the policy's device."""
-        hidden = self.policy.hidden_states(samples, grad=grad).to(self.value_head)  # (n, T, D)
+    def _look(self, samples: Samples, grad: bool = False) -> tuple[Tensor, Tensor]:
+        """log π of each token and the value before it, `(n, T)`, 0 where masked."""
+        hidden = self.policy.hidden_states(samples, grad=grad)  # (n, T, D)
+        log_pi = self.policy.token_log_prob(samples, grad=grad, hidden=hidden)
         with torch.set_grad_enabled(grad):
-            values = hidden @ self.value_head[:-1] + self.value_head[-1]
-            return torch.where(samples.mask.to(values.device), values, 0.0)
+            read = hidden.to(self.value_head)
+            values = read @ self.value_head[:-1] + self.value_head[-1]
+            return log_pi, torch.where(samples.mask.to(values.device), values, 0.0)
 
     def _backward(
         self,
@@ -248,11 +250,11 @@ class KLControl(Reinforce):
         self.optimizer.zero_grad(set_to_none=True)
         for part in torch.split(torch.arange(len(samples)), self._micro_batch(samples)):
             texts = samples[part]
-            log_pi = self.policy.token_log_prob(texts, grad=True)
+            log_pi, values = self._look(texts, grad=True)
             fixed = (white, own.log_old, returns, own.values)
             loss = ppo_loss(
                 log_pi,
-                self._predict(texts, grad=True),
+                values,
                 *(x[part].to(log_pi) for x in fixed),
                 clip=self.clip,
                 value_coefficient=self.value_coefficient,

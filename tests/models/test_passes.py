@@ -203,6 +203,28 @@ class TestEqualsThePlainPath:
             size = expected[name].norm()
             assert (gradient - expected[name]).norm() <= error * size + contracts.FLOAT32, name
 
+    @pytest.mark.parametrize("chunked", [True, False])
+    def test_from_hidden_states_too(self, chunked, monkeypatch):
+        lm = lm_of(tied_llama, scale=0.3, chunked_head=chunked)
+        policy, twin = lm.copy(), lm.copy()
+        samples = Samples.cat([lm.sample(15, prompt=p, seed=0) for p in ("", "ab")])
+        expected = gradients(twin, samples)
+        n_passes, trunk = [], passes.states
+        monkeypatch.setattr(passes, "states", lambda *a: n_passes.append(1) or trunk(*a))
+        hidden = policy.hidden_states(samples, grad=True)
+        n_passes.clear()
+        found = policy.token_log_prob(samples, grad=True, hidden=hidden)
+        assert not n_passes
+        torch.testing.assert_close(
+            found.detach(), twin.token_log_prob(samples), rtol=0, atol=contracts.FLOAT32
+        )
+        weights = torch.linspace(-1, 1, len(samples), dtype=torch.float64)
+        (found.double().sum(-1) @ weights).backward()
+        for name, parameter in policy.model.named_parameters():
+            torch.testing.assert_close(
+                parameter.grad, expected[name], rtol=1e-4, atol=contracts.FLOAT32
+            )
+
     def test_a_tied_embedding_gets_both_gradients(self):
         policy = lm_of(tied_llama, scale=0.3).copy()
         samples = policy.sample(30, prompt="ab", seed=0)
