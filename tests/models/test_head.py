@@ -76,15 +76,16 @@ class TestEqualsThePlainDefinition:
         d=st.integers(1, 4),
         v=st.integers(1, 9),
         chunk=st.integers(1, 60),
+        keep=st.sampled_from([0, 2**20]),
         with_bias=st.booleans(),
         seed=st.integers(0, 10**6),
     )
-    def test_in_values_and_gradients(self, m, d, v, chunk, with_bias, seed):
+    def test_in_values_and_gradients(self, m, d, v, chunk, keep, with_bias, seed):
         hidden, weight, bias, tokens, grad = layer(m, d, v, seed=seed)
         inputs = (hidden, weight, bias if with_bias else None)
 
         def chunked(*inputs):
-            return chosen_log_prob(*inputs, chunk=chunk)
+            return chosen_log_prob(*inputs, chunk=chunk, keep=keep)
 
         found = value_and_gradients(chunked, inputs, tokens, grad)
         expected = value_and_gradients(plain, inputs, tokens, grad)
@@ -92,10 +93,15 @@ class TestEqualsThePlainDefinition:
         for one, other in zip(found, expected, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=10 * 9 * 20 * 2.0**-53)
 
-    def test_gradients_are_the_slopes_of_the_values(self):
+    @pytest.mark.parametrize("keep", [0, 2**20])
+    def test_gradients_are_the_slopes_of_the_values(self, keep):
         hidden, weight, bias, tokens, _ = layer(4, 3, 7)
         inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
-        assert torch.autograd.gradcheck(lambda *x: chosen_log_prob(*x, tokens, chunk=8), inputs)
+
+        def law(*inputs):
+            return chosen_log_prob(*inputs, tokens, chunk=8, keep=keep)
+
+        assert torch.autograd.gradcheck(law, inputs)
 
     def test_large_logits_do_not_overflow(self):
         hidden, weight, bias, tokens, _ = layer(5, 3, 8, dtype=torch.float32, size=1e4)
@@ -105,13 +111,14 @@ class TestEqualsThePlainDefinition:
         # Each logit is a sum of 4 terms of 1e5 at most; the result is a difference of two.
         torch.testing.assert_close(found.double(), exact, rtol=0, atol=2 * 4 * 1e5 * 2.0**-24)
 
-    def test_a_block_of_forbidden_tokens(self):
+    @pytest.mark.parametrize("keep", [0, 2**20])
+    def test_a_block_of_forbidden_tokens(self, keep):
         hidden, weight, bias, tokens, grad = layer(6, 3, 8)
         bias[:4] = -math.inf
         tokens = tokens % 4 + 4
 
         def chunked(*inputs):
-            return chosen_log_prob(*inputs, chunk=12)  # two tokens a block
+            return chosen_log_prob(*inputs, chunk=12, keep=keep)  # two tokens a block
 
         found = value_and_gradients(chunked, (hidden, weight, bias), tokens, grad)
         expected = value_and_gradients(plain, (hidden, weight, bias), tokens, grad)
@@ -202,17 +209,17 @@ class TestPrecision:
         ]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("law", [chosen_log_prob, plain])
-    def test_is_within_rounding(self, dtype, law, monkeypatch):
-        monkeypatch.setattr(head, "_CHUNK", 40 * 64)
+    @pytest.mark.parametrize("law", ["again", "kept", "plain"])
+    def test_is_within_rounding(self, dtype, law):
         hidden, weight, bias, tokens, grad = layer(40, 24, 500, dtype=torch.float32, size=0.2)
         # What autocast makes of the inputs is exact in both.
         hidden, weight, bias = (x.to(dtype).float() for x in (hidden, weight, bias))
         exact, allowed = self.bounds(dtype, hidden, weight, bias, tokens, grad)
 
         def lifted(hidden, weight, bias, tokens):
-            if law is chosen_log_prob:
-                return law(hidden, weight, bias, tokens, chunk=40 * 64)
+            if law != "plain":
+                keep = 2**20 if law == "kept" else 0
+                return chosen_log_prob(hidden, weight, bias, tokens, chunk=40 * 64, keep=keep)
             logits = torch.nn.functional.linear(hidden, weight, bias).float()
             return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
@@ -225,15 +232,16 @@ class TestPrecision:
         for one, other, error in zip(found[1:], exact[1:], allowed[1:], strict=True):
             assert ((1.2 * one.double() - other).abs() > error).any()
 
+    @pytest.mark.parametrize("keep", [0, 2**20])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_products_are_made_in_the_precision_of_the_forward_pass(self, dtype):
+    def test_products_are_made_in_the_precision_of_the_forward_pass(self, dtype, keep):
         hidden, weight, bias, tokens, grad = layer(7, 4, 30, dtype=torch.float32)
         slopes = []
         for inside in (False, True):
             weight = weight.detach().requires_grad_()
             with Products() as products:
                 with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-                    value = chosen_log_prob(hidden, weight, bias, tokens)
+                    value = chosen_log_prob(hidden, weight, bias, tokens, keep=keep)
                 with torch.autocast("cpu", torch.bfloat16, enabled=inside):
                     value.backward(grad)
             assert products.dtypes == {dtype}
@@ -246,25 +254,38 @@ class TestMemory:
         hidden, weight, bias, tokens, _ = layer(64, 4, 1000)
         inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
         with Largest() as chunked:
-            chosen_log_prob(*inputs, tokens, chunk=64 * 100).sum().backward()
+            chosen_log_prob(*inputs, tokens, chunk=64 * 100, keep=0).sum().backward()
         assert chunked.n == 64 * 100  # larger than the 4,000 of the weight
         with Largest() as all_at_once:
             plain(*inputs, tokens).sum().backward()
         assert all_at_once.n == 64 * 1000
 
-    def test_few_logits_are_kept_and_not_computed_again(self):
+    def test_few_probabilities_are_kept_and_not_computed_again(self):
         hidden, weight, bias, tokens, grad = layer(8, 3, 20)
         inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
         counts, slopes = [], []
-        for chunk in (80, 79):  # two chunks hold all logits, or do not: three blocks of 9, 9 and 2
+        for keep in (8 * 20 * 8, 8 * 20 * 8 - 1):  # bytes of all of them, and one less
             with Products() as products:
-                found = chosen_log_prob(*inputs, tokens, chunk=chunk)
+                found = chosen_log_prob(*inputs, tokens, chunk=80, keep=keep)
                 slopes.append(torch.autograd.grad(found @ grad, inputs))
             counts.append(products.n)
-        # Forward, and two in the backward pass; or once more for each of three blocks.
-        assert counts == [3, 3 * 4]
+        # Two blocks: forward, and two products in the backward pass; or forward once more.
+        assert counts == [2 * 3, 2 * 4]
         for one, other in zip(*slopes, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+    @pytest.mark.parametrize("keep", [0, 2**20])
+    def test_a_token_that_is_almost_certain_keeps_its_slope(self, keep):
+        # In bfloat16 a p of 1 - 2^-10 is 1, and onehot - p were nothing.
+        gap = math.log(2.0**10 - 1)
+        hidden, weight = torch.tensor([[1.0]]), torch.tensor([[gap], [0.0]]).bfloat16().float()
+        hidden.requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = chosen_log_prob(hidden, weight, None, torch.tensor([0]), keep=keep)
+        found.backward()
+        share = 1 / (1 + math.exp(float(weight[0, 0])))
+        # The only rounding that matters is that of p: one unit of bfloat16 for each factor.
+        assert float(hidden.grad) == pytest.approx(share * float(weight[0, 0]), rel=3 * 2.0**-8)
 
     def test_the_graph_can_be_used_twice(self):
         hidden, weight, bias, tokens, grad = layer(8, 3, 20)
