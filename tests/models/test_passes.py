@@ -296,7 +296,8 @@ class TestCost:
         lm = lm_of(lambda _: tied_llama(v), scale=0.3, chunked_head=chunked)
         policy = lm.copy()
         texts = self.texts(*[length] * n)
-        monkeypatch.setattr(passes.chosen_log_prob, "__kwdefaults__", {"chunk": n * length * 300})
+        sizes = {"chunk": n * length * 300, "keep": 0}
+        monkeypatch.setattr(passes.chosen_log_prob, "__kwdefaults__", sizes)
         with Largest() as largest:
             policy.log_prob(texts, grad=True).sum().backward()
         # The largest tensor is then the weight itself, or its gradient.
