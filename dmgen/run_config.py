@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from inspect import signature
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor
 
-from dmgen import features, runs
+from dmgen import config_file, features, runs
 from dmgen.constraints import Feature, Moment, Pointwise
 from dmgen.ebm import EBM
 from dmgen.models.base import LanguageModel
@@ -39,7 +36,6 @@ _CONSTRAINT_FORMS = (
     "{pointwise: {wordlist: sports}} or {moment: {gender: female}, target: 0.5, "
     "given: {wordlist: sports}} (given may be left out)"
 )
-_EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 @dataclass(frozen=True)
@@ -133,7 +129,7 @@ class RunConfig:
                 out of its range.
             TypeError: a value has the wrong type.
         """
-        return _section(cls, mapping, "")  # type: ignore[no-any-return]
+        return config_file.from_mapping(cls, mapping)  # type: ignore[no-any-return]
 
     @classmethod
     def load(cls, path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
@@ -149,21 +145,7 @@ class RunConfig:
             ValueError, TypeError: as `from_mapping`, or there is no such file or it is not YAML;
                 the message begins with the path and the overrides.
         """
-        path = Path(path)
-        if not path.is_file():
-            inside = path / "config.yaml"
-            hint = f"; did you mean {inside}?" if inside.is_file() else ""
-            raise ValueError(f"there is no configuration file {str(path)!r}{hint}")
-        mapping = _parse(path.read_text(encoding="utf-8"), str(path))
-        overrides = list(overrides)
-        try:
-            _need_mapping(mapping, "")
-            for override in overrides:
-                _override(mapping, override)
-            return cls.from_mapping(mapping)
-        except (ValueError, TypeError) as error:
-            kind = TypeError if isinstance(error, TypeError) else ValueError
-            raise kind(f"{' '.join([str(path), *overrides])}: {error}") from error
+        return config_file.load(cls, path, overrides)  # type: ignore[no-any-return]
 
     def to_mapping(self) -> dict[str, Any]:
         """The whole configuration in plain values; `from_mapping` gives it back."""
@@ -264,7 +246,7 @@ def _embedder(name: str) -> Callable[[Sequence[str]], Tensor]:
 
 def _check_options(method: str, options: Any) -> None:
     """Refuses options that the method does not take."""
-    _need_mapping(options, "method_options")
+    config_file.need_mapping(options, "method_options")
     parameters = signature(SAMPLERS[method]).parameters.values()
     known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "proposal"]
     for key in options:
@@ -277,7 +259,7 @@ def _constraint(entry: Any, where: str) -> Pointwise | Moment:
     if not isinstance(entry, Mapping):
         raise TypeError(f"{where}: a constraint is {_CONSTRAINT_FORMS}, got {entry!r}")
     for key in entry:
-        _refuse_unknown(key, _CONSTRAINT_KEYS, where)
+        config_file.refuse_unknown(key, _CONSTRAINT_KEYS, where)
     if ("pointwise" in entry) == ("moment" in entry):
         raise ValueError(f"{where}: a constraint is {_CONSTRAINT_FORMS}, got {entry!r}")
     try:
@@ -289,7 +271,11 @@ def _constraint(entry: Any, where: str) -> Pointwise | Moment:
         if "target" not in entry:
             raise ValueError("a moment needs its target: a number, or an interval [low, high]")
         target, given = entry["target"], entry.get("given")
-        edges: Any = [_number(v) for v in target] if isinstance(target, list) else _number(target)
+        edges: Any = (
+            [config_file.number(v) for v in target]
+            if isinstance(target, list)
+            else config_file.number(target)
+        )
         return Moment(
             features.from_config(entry["moment"], embed=_embedder),
             edges,
@@ -300,136 +286,11 @@ def _constraint(entry: Any, where: str) -> Pointwise | Moment:
         raise kind(f"{where}: {error}") from error
 
 
-def _section(cls: Any, mapping: Any, where: str, default: Any = None) -> Any:
-    """The dataclass `cls` from a mapping; what is left out is that of `default`, or `cls`'s own."""
-    _need_mapping(mapping, where)
-    hints, known = get_type_hints(cls), {f.name: f for f in fields(cls)}
-    for key in mapping:
-        _refuse_unknown(key, tuple(known), where)
-    for name, f in known.items():
-        if name not in mapping and f.default is MISSING and f.default_factory is MISSING:
-            raise ValueError(f"{name!r} is missing")
-    values = {}
-    for key, value in mapping.items():
-        path = f"{where}.{key}" if where else key
-        if is_dataclass(hints[key]):
-            factory: Any = known[key].default_factory
-            # A section whose lines are all commented out is null in YAML.
-            values[key] = _section(hints[key], {} if value is None else value, path, factory())
-        else:
-            values[key] = _typed(value, hints[key], path)
-    try:
-        return cls(**values) if default is None else replace(default, **values)
-    except ValueError as error:
-        if not where:
-            raise
-        raise ValueError(f"{where}: {error}") from error
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:
-    """The value, if it is of the type that the field is declared with."""
-    allowed = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    # `constraints` is checked where it is built, and a type that is not here by its own class.
-    if not any(kind in _KINDS for kind in allowed):
-        return value
-    if float in allowed:
-        value = _number(value)
-    if type(value) in allowed:
-        return value
-    wanted = " or ".join(_KINDS.get(kind, str(kind)) for kind in allowed)
-    raise TypeError(f"{where} must be {wanted}, got {value!r}")
-
-
-_KINDS = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "text",
-    type(None): "null",
-}
-
-
-def _number(value: Any) -> Any:
-    """The value as a float, if it is an integer or a number that PyYAML takes for text."""
-    # YAML 1.1 wants a point and a sign, 1.0e-4, and reads 1e-4 as text.
-    is_text = isinstance(value, str) and _EXPONENT.fullmatch(value)
-    return float(value) if type(value) is int or is_text else value
-
-
-def _need_mapping(value: Any, where: str) -> None:
-    if not isinstance(value, Mapping):
-        raise TypeError(f"{where or 'a configuration'} must be keys with values, got {value!r}")
-
-
-def _refuse_unknown(key: Any, known: Sequence[str], where: str) -> None:
-    if key in known:
-        return
-    elsewhere = [name for name in _all_keys(RunConfig) if name.split(".")[-1] == key]
-    close = elsewhere or get_close_matches(str(key), known, n=1)
-    hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
-    place = where or "the configuration"
-    raise ValueError(f"unknown key {key!r} in {place}{hint} There are {', '.join(known)}")
-
-
-def _all_keys(cls: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all keys, those of the sections too."""
-    names: list[str] = []
-    for name, hint in ((f.name, get_type_hints(cls)[f.name]) for f in fields(cls)):
-        names += _all_keys(hint, f"{name}.") if is_dataclass(hint) else [prefix + name]
-    return names
-
-
-def _override(mapping: dict[str, Any], override: str) -> None:
-    """Puts the value of one `key.sub=value` into the mapping."""
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ValueError(f"an override is key=value, like trainer.batch_size=256; got {override!r}")
-    *parents, last = path.split(".")
-    node: Any = mapping
-    for part in parents:
-        if isinstance(node, dict) and node.get(part) is None:
-            node[part] = {}
-        node = node[_place(node, part, path)]
-    node[_place(node, last, path)] = _parse(text, override) if text else ""
-
-
-def _place(node: Any, part: str, path: str) -> Any:
-    """Where `part` of a path is in a mapping or a list."""
-    if isinstance(node, dict):
-        return part
-    if isinstance(node, list) and part.isdecimal() and int(part) < len(node):
-        return int(part)
-    raise ValueError(f"there is no {path!r}: {node!r} has no part {part!r}")
-
-
 def _plain(value: Any) -> Any:
     """A copy of mappings and sequences as dicts and lists."""
     if isinstance(value, Mapping):
         return {key: _plain(v) for key, v in value.items()}
     return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, where PyYAML takes the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(
-                problem=f"the key {twice!r} is given twice", problem_mark=node.start_mark
-            )
-        return super().construct_mapping(node, deep=deep)
-
-
-def _parse(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = "" if mark is None else f" (line {mark.line + 1})"
-        problem = getattr(error, "problem", None) or error
-        raise ValueError(f"{where} is not YAML{line}: {problem}") from error
 
 
 def _at_least(least: int, **values: int) -> None:

@@ -18,6 +18,7 @@ FLOORS = [
     {"factor", "exact", "ebm"},
     {"metrics", "runs"},
     {"samplers"},
+    {"config_file"},
     {"report", "run_config"},
     {"__init__"},
     {"cli", "cli_run", "__main__"},
