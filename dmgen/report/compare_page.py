@@ -10,10 +10,11 @@ from dmgen import runs
 from dmgen.constraints import Pointwise
 from dmgen.metrics.verdicts import TOLERANCE
 from dmgen.report import plots, words
+from dmgen.report.answers import questions
 from dmgen.report.markup import Markup, page, table, tag
 from dmgen.report.panels import Curves, Panel, figures, save_pngs
 from dmgen.report.read import RunRecord, as_score, policy_rows, score
-from dmgen.report.run_page import label, questions
+from dmgen.report.run_page import label
 
 __all__ = ["write_comparison"]
 

@@ -8,8 +8,8 @@ import yaml
 
 from dmgen import runs
 from dmgen.report import words
+from dmgen.report.answers import questions
 from dmgen.report.read import RunRecord, as_score, policy_rows
-from dmgen.report.run_page import questions
 
 __all__ = ["write_model_card"]
 
