@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 from grid_report import POINTWISE, asked, batches, finals, load, steps
-from run_grid import BATCH_TASKS, BATCHES, TASKS
+from run_grid import BATCHES, TASKS, TWO_TASKS
 
 COLUMNS = {
     "kl_target_policy": "KL(p‖π)",
@@ -142,7 +142,7 @@ def _count(
 
 
 def _batch_claims() -> Iterator[Row]:
-    for task in BATCH_TASKS:
+    for task in TWO_TASKS:
         ours, theirs = batches(task, "GDC++"), batches(task, "GDC")
         gaps = {
             size: (theirs[size][0] - ours[size][0], math.hypot(theirs[size][1], ours[size][1]))

@@ -16,11 +16,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import record
-from run_grid import BATCH_TASKS, METHODS, TASKS
+from run_grid import EVERYWHERE, METHODS, TASKS, TWO_TASKS
 
 from dmgen.report import plots
 
-MAIN = [name for name in METHODS if "batch" not in name]
 POINTWISE = [path.stem for path in TASKS[:6]]
 # A row of the figures: its name, and what it is drawn of.
 PANELS = (
@@ -31,6 +30,7 @@ PANELS = (
     ("distinct_1", "Distinct-1"),
 )
 NOISE = (
+    ("reward_var", "variance of the reward P/(Zq)"),
     ("advantage_abs_mean", "mean |advantage|"),
     ("advantage_var", "variance of the advantage"),
     ("grad_variance", "variance of the gradient"),
@@ -102,26 +102,28 @@ def curves(base: str = "tiny-bios") -> pd.DataFrame:
 
 def steps(base: str = "tiny-bios") -> pd.DataFrame:
     """The metrics of every step of GDC++ and GDC."""
-    frames = [
-        pd.DataFrame(result["metrics"]).assign(
-            task=result["task"], method=result["method"], seed=str(result["seed"])
-        )
-        for result in load(base)
-        if result["method"] in ("GDC++", "GDC")
-    ]
+    frames = []
+    for result in load(base):
+        if result["method"] in ("GDC++", "GDC"):
+            own = {key: result[key] for key in ("task", "method")} | {"seed": str(result["seed"])}
+            frames.append(pd.DataFrame(result["metrics"]).assign(**own))
+            # The weights' mean is 1, so that ESS = N / (1 + variance).
+            n = result["config"]["trainer"]["batch_size"]
+            ess = frames[-1]["ess"]
+            frames[-1]["reward_var"] = n / ess.where(ess > 0) - 1
     return pd.concat(frames)
 
 
 def draw_training() -> Any:
     """After Figure 3: pointwise tasks above, the others below, mean and range over tasks."""
     frame = curves()
-    frame = frame[frame["method"].isin(MAIN)]
+    frame = frame[frame["method"].isin(EVERYWHERE)]
     groups = {
         "pointwise": frame[frame["task"].isin(POINTWISE)],
         "distributional and hybrid": frame[~frame["task"].isin(POINTWISE)],
     }
     figure, axes = _figure(2, len(PANELS))
-    colours = plots.palette(MAIN)
+    colours = plots.palette(EVERYWHERE)
     for row, (name, part) in zip(axes, groups.items(), strict=True):
         for ax, (value, title) in zip(row, PANELS, strict=True):
             plots.draw_curves(ax, part, value, colours=colours)
@@ -138,7 +140,7 @@ def draw_noise() -> Any:
         for ax, (value, title) in zip(row, NOISE, strict=True):
             own = frame[(frame["task"] == task) & frame[value].notna()]
             window = 10 if len(own) > 50 else 1
-            plots.draw_curves(ax, own, value, window=window, colours=plots.palette(MAIN))
+            plots.draw_curves(ax, own, value, window=window, colours=plots.palette(EVERYWHERE))
             ax.set_title(f"{title}\n{task}", fontsize=10, loc="left")
             ax.set_yscale("log")
     _legend(figure, axes)
@@ -147,8 +149,8 @@ def draw_noise() -> Any:
 
 def draw_batches() -> Any:
     """After Figure 4: KL(p‖π) at the end by batch size, with 95 % intervals."""
-    figure, axes = _figure(1, len(BATCH_TASKS))
-    for ax, task in zip(axes[0], BATCH_TASKS, strict=True):
+    figure, axes = _figure(1, len(TWO_TASKS))
+    for ax, task in zip(axes[0], TWO_TASKS, strict=True):
         for method, (colour, _) in plots.palette(["GDC++", "GDC"]).items():
             points = batches(task, method)
             sizes = list(points)
