@@ -23,6 +23,7 @@ import argparse
 import math
 import resource
 import time
+from dataclasses import asdict
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -121,7 +122,7 @@ def run(base: str, cell: Cell, overrides: list[str], n_curve: int, keep: Path | 
     begun = folder is not None and any((folder / "checkpoints").glob("step-*"))
     if folder is not None and begun:
         target = load_target(folder, config, target.base)
-    policy = target.base.copy()
+    policy = target.base.copy(**asdict(config.policy))
     sampler = SAMPLERS[config.method](policy, target, config.trainer, **config.method_options)
     curve: list[dict[str, Any]] = []
     if folder is not None and begun:

@@ -45,12 +45,12 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
     # Before the long work: a folder that cannot be made.
     out.mkdir(parents=True, exist_ok=True)
     base = load_model(config.base, config)
+    policy = base.copy(**asdict(config.policy))
     if resume:
         target = load_target(out, config, base)
     else:
         target = fit_target(config, base)
         save_target(out, target)
-    policy = base.copy()
     sampler = SAMPLERS[config.method](policy, target, config.trainer, **config.method_options)
     if resume:
         _go_on(sampler, config, out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
@@ -50,6 +51,24 @@ class FitConfig:
 
 
 @dataclass(frozen=True)
+class PolicyConfig:
+    """What is trained: all weights, or with `adapter: lora` those of an adapter alone."""
+
+    adapter: str | None = None
+    rank: int = 8
+    alpha: float = 16.0
+
+    def __post_init__(self) -> None:
+        _one_of((None, "lora"), adapter=self.adapter)
+        _at_least(1, rank=self.rank)
+        if not 0 < self.alpha < math.inf:
+            raise ValueError(f"alpha must be positive and finite, got {self.alpha}")
+        defaults = (PolicyConfig.rank, PolicyConfig.alpha)
+        if self.adapter is None and (self.rank, self.alpha) != defaults:
+            raise ValueError("rank and alpha are of an adapter: say adapter: lora")
+
+
+@dataclass(frozen=True)
 class EvaluateConfig:
     """The evaluation at the end: `n_samples` texts of the policy and of the base, with `seed`."""
 
@@ -78,6 +97,7 @@ class RunConfig:
         method_options: what the method takes beside the trainer's settings, such as
             `{divergence: js}` for FDPG or `{kl_coefficient: 0.1}` for KLControl.
         n_steps: gradient steps in all.
+        policy: what is trained.
         fit, trainer, evaluate: settings of the three stages. A run writes a checkpoint every 25
             steps unless `trainer.checkpoint_every` says otherwise.
         device: as torch names it ("cpu", "cuda:1"); None: CUDA where there is a device.
@@ -95,6 +115,7 @@ class RunConfig:
     method: str = "GDCpp"
     method_options: Mapping[str, Any] = field(default_factory=dict)
     n_steps: int = 300
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
     fit: FitConfig = field(default_factory=FitConfig)
     trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(checkpoint_every=25))
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

@@ -156,6 +156,21 @@ class TestTrain:
         # Neither a bar nor a note of transformers where nobody looks.
         assert result.stderr == ""
 
+    def test_an_adapter(self, config, tmp_path):
+        pytest.importorskip("peft")
+        lora = ["policy={adapter: lora, rank: 2}", "trainer.learning_rate=1e-2"]
+        whole, parts = tmp_path / "whole", tmp_path / "parts"
+        assert dmgen_command("train", config, *lora, "--out", whole).exit_code == 0
+        dmgen_command("train", config, *lora, "n_steps=3", "--out", parts)
+        trained = [k for k in runs.load_checkpoint(parts)[0] if k.startswith("policy.")]
+        assert trained
+        assert all(".lora_" in name for name in trained)
+        # It goes on as what it is, and what it leaves is a whole model.
+        refused(dmgen_command("train", config, "--out", parts, "--resume"), "another policy")
+        dmgen_command("train", parts / "config.yaml", "n_steps=6", "--out", parts, "--resume")
+        assert weights(parts) == weights(whole)
+        assert dmgen_command("evaluate", parts, "-n", 16).exit_code == 0
+
     def test_print_config_only_prints(self, config, tmp_path, monkeypatch):
         monkeypatch.setattr(dmgen.CausalLM, "from_pretrained", no_model)
         result = dmgen_command("train", config, "trainer.batch_size=7", "--print-config")
