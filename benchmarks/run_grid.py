@@ -110,15 +110,12 @@ def target_of(base: str, task: str, overrides: tuple[str, ...]) -> dmgen.EBM:
     return fit_target(config, load_model(base, config), show=False)
 
 
-def run(base: str, cell: Cell, overrides: list[str], n_curve: int, keep: Path | None) -> Any:
-    """Trains one cell: its metrics, evaluations over training, final scores, and texts.
+def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None) -> dict[str, Any]:
+    """Trains one policy: its metrics, evaluations over training, final scores, and texts.
 
-    With `keep`, a run folder in there has its checkpoints, and a cell that was stopped goes on.
+    `folder` is a run folder for its checkpoints: what was stopped goes on from there, with the
+    target that it had.
     """
-    started = time.process_time()
-    config = config_of(base, cell, overrides)
-    target = target_of(base, cell[0], tuple(overrides))
-    folder = None if keep is None else keep / path_of(base, cell).stem
     begun = folder is not None and any((folder / "checkpoints").glob("step-*"))
     if folder is not None and begun:
         target = load_target(folder, config, target.base)
@@ -146,18 +143,13 @@ def run(base: str, cell: Cell, overrides: list[str], n_curve: int, keep: Path | 
         for model in (target.base, policy)
     )
     return {
-        "base": Path(base).name,
-        "task": cell[0],
-        "method": cell[1],
-        "seed": cell[2],
-        "config": config.to_mapping() | {"base": Path(base).name},
+        "config": config.to_mapping() | {"base": Path(config.base).name},
         "constraints": target.to_dict()["constraints"],
         "metrics": {key: [short(row.get(key)) for row in sampler.history] for key in KEPT},
         "curve": curve,
         "final": scores.to_dict(),
         "texts": [list(pair) for pair in zip(before, after, strict=True)],
         "training_seconds": round(sampler.seconds, 1),
-        "core_seconds": round(time.process_time() - started, 1),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -205,12 +197,17 @@ def main() -> None:
         share, n_shares = map(int, args.share.split("/"))
         chosen = [c for c in cells()[share::n_shares] if not path_of(args.base, c).exists()]
     for cell in tqdm(chosen, unit="cell"):
-        started = time.time()
-        result = run(args.base, cell, args.overrides, args.curve, args.keep)
-        wall = {"wall_seconds": round(time.time() - started, 1)}
+        started, started_core = time.time(), time.process_time()
         path = path_of(args.base, cell)
+        config = config_of(args.base, cell, args.overrides)
+        target = target_of(args.base, cell[0], tuple(args.overrides))
+        result = run(config, target, args.curve, args.keep and args.keep / path.stem)
+        names = dict(zip(("task", "method", "seed"), cell, strict=True))
+        result |= {"base": Path(args.base).name, **names}
+        result["core_seconds"] = round(time.process_time() - started_core, 1)
+        result["wall_seconds"] = round(time.time() - started, 1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, result | wall | record.facts())
+        runs.write_json(path, result | record.facts())
 
 
 def state(base: str) -> str:

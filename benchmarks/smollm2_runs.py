@@ -1,0 +1,80 @@
+"""SmolLM2-135M under three constraints: a topic, a sentiment, half of the texts about women.
+
+    python benchmarks/smollm2.py models/smollm2
+    python benchmarks/classifier_heads.py DATA --base models/smollm2
+    python benchmarks/smollm2_runs.py models/smollm2 --keep runs/smollm2      # all that is missing
+    python benchmarks/smollm2_runs.py models/smollm2 --keep runs/smollm2 --only 08-female/GDC
+
+Half an hour a run on two cores. The result of each is a file in `results/smollm2/`; with --keep, a
+run that was stopped goes on from its last checkpoint. What follows the options overrides the tasks
+(`tasks/smollm2/*.yaml`), as with `dmgen train`: more steps and larger batches on a GPU, for one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import record
+from run_grid import METHODS, run
+from tqdm import tqdm
+
+from dmgen import runs
+from dmgen.cli_run import fit_target, load_model
+from dmgen.run_config import RunConfig, load_target
+
+TASKS = sorted((Path(__file__).parent / "tasks" / "smollm2").glob("*.yaml"))
+OWN_METHODS = {
+    **{name: METHODS[name] for name in ("GDC++", "GDC", "GDC++ improved")},
+    # An adapter takes a larger rate than all weights do.
+    "GDC++ LoRA": (*METHODS["GDC++"], "policy.adapter=lora", "trainer.learning_rate=2e-4"),
+}
+# The diagnostics of the grid's schedule, at this one's length.
+DIAGNOSED = "trainer.diagnose_every=20"
+
+
+def cells() -> list[tuple[Path, str]]:
+    """All runs: LoRA on the distributional task alone."""
+    every = [(task, method) for method in OWN_METHODS for task in TASKS]
+    return [(task, method) for task, method in every if "LoRA" not in method or task == TASKS[-1]]
+
+
+def main() -> None:
+    """Runs what has no result file yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("base", type=Path, help="a folder with the model")
+    parser.add_argument("overrides", nargs="*", help="key=value, as with dmgen train")
+    parser.add_argument("--only", help="TASK/METHOD: this run, again if it is there")
+    parser.add_argument("--curve", type=int, default=256, help="texts of an evaluation on the way")
+    parser.add_argument("--keep", type=Path, help="a folder for checkpoints and targets")
+    args = parser.parse_intermixed_args()
+    named = {f"{task.stem}/{method}": (task, method) for task, method in cells()}
+    if args.only and args.only not in named:
+        parser.error(f"there is no run {args.only!r}; there are {', '.join(named)}")
+    for name in tqdm([args.only] if args.only else named, unit="run"):
+        task, method = named[name]
+        slug = name.replace("/", "-").replace("+", "p").replace(" ", "-")
+        path = record.RESULTS / "smollm2" / f"{slug}.json"
+        if path.exists() and not args.only:
+            continue
+        started = time.time()
+        own = [f"base={args.base}", *OWN_METHODS[method], DIAGNOSED, *args.overrides]
+        config = RunConfig.load(task, own)
+        base = load_model(str(args.base), config)
+        folder = args.keep and args.keep / slug
+        if folder and (folder / "target.json").is_file():
+            target = load_target(folder, config, base)
+        else:
+            target = fit_target(config, base, show=False)
+        result = run(config, target, args.curve, folder)
+        result |= {"task": task.stem, "method": method, "seed": config.trainer.seed}
+        result["wall_seconds"] = round(time.time() - started, 1)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_json(path, result | record.facts())
+
+
+if __name__ == "__main__":
+    main()
