@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 from grid_report import POINTWISE, asked, batches, finals, load, steps
-from run_grid import BATCHES, TASKS, TWO_TASKS
+from run_grid import BATCHES, TASKS, TWO_TASKS, cells
 
 COLUMNS = {
     "kl_target_policy": "KL(p‖π)",
@@ -228,13 +228,16 @@ def _made_by() -> str:
     seconds = [r["core_seconds"] for r in results]
     batch, n_steps = one["config"]["trainer"]["batch_size"], one["config"]["n_steps"]
     commits = ", ".join(sorted({r["commit"] for r in results}))
+    rate, n_texts = (
+        one["config"]["trainer"]["learning_rate"],
+        one["config"]["evaluate"]["n_samples"],
+    )
     return (
-        f"`python benchmarks/run_grid.py`, base {one['base']}, {len(results)} runs of {n_steps} "
-        f"steps of {batch} texts, learning rate {one['config']['trainer']['learning_rate']:g}, "
-        f"evaluated on {one['config']['evaluate']['n_samples']:,} texts; a core of "
-        f"{one['hardware']['cpu']}, {min(seconds):.0f} to {max(seconds):.0f} s a run; torch "
-        f"{one['versions']['torch']}; commits {commits}. ± is one standard error of the "
-        "evaluation."
+        f"`python benchmarks/run_grid.py`, base {one['base']}, {len(results)} of {len(cells())} "
+        f"runs, of {n_steps} steps of {batch} texts (the other batches: as many texts), learning "
+        f"rate {rate:g}, evaluated on {n_texts:,} texts; a core of {one['hardware']['cpu']}, "
+        f"{min(seconds):.0f} to {max(seconds):.0f} s a run; torch {one['versions']['torch']}; "
+        f"commits {commits}. ± is one standard error of the evaluation."
     )
 
 
