@@ -128,6 +128,11 @@ def draw_training() -> Any:
         for ax, (value, title) in zip(row, PANELS, strict=True):
             plots.draw_curves(ax, part, value, colours=colours)
             ax.set_title(f"{title}\n{name}", fontsize=10, loc="left")
+            if value.startswith("kl_"):
+                # Reward maximisation is tens of nats away, the others are about one.
+                ax.set_yscale("symlog", linthresh=1)
+                ax.set_ylim(bottom=0)
+                ax.yaxis.set_major_formatter("{x:g}")
     _legend(figure, axes)
     return figure
 
