@@ -53,7 +53,7 @@ def from_mapping(cls: Any, mapping: Any) -> Any:
             value.
         TypeError: a value has the wrong type.
     """
-    return _section(cls, mapping, "", _all_keys(cls))
+    return _section(cls, mapping, "", all_keys(cls))
 
 
 def need_mapping(value: Any, where: str) -> None:
@@ -138,11 +138,11 @@ _KINDS = {
 }
 
 
-def _all_keys(cls: Any, prefix: str = "") -> list[str]:
+def all_keys(cls: Any, prefix: str = "") -> list[str]:
     """Dotted names of all keys, those of the sections too."""
     names: list[str] = []
     for name, hint in ((f.name, get_type_hints(cls)[f.name]) for f in fields(cls)):
-        names += _all_keys(hint, f"{name}.") if is_dataclass(hint) else [prefix + name]
+        names += all_keys(hint, f"{name}.") if is_dataclass(hint) else [prefix + name]
     return names
 
 

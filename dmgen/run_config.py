@@ -280,7 +280,7 @@ def _constraint(entry: Any, where: str) -> Pointwise | Moment:
     if not isinstance(entry, Mapping):
         raise TypeError(f"{where}: a constraint is {_CONSTRAINT_FORMS}, got {entry!r}")
     for key in entry:
-        config_file.refuse_unknown(key, _CONSTRAINT_KEYS, where)
+        config_file.refuse_unknown(key, _CONSTRAINT_KEYS, where, config_file.all_keys(RunConfig))
     if ("pointwise" in entry) == ("moment" in entry):
         raise ValueError(f"{where}: a constraint is {_CONSTRAINT_FORMS}, got {entry!r}")
     try:

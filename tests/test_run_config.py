@@ -80,6 +80,7 @@ class TestConstraints:
             ({}, ValueError, r"constraints\.0: a constraint is \{pointwise"),
             (SPORTS | FEMALE, ValueError, r"constraints\.0: a constraint is \{pointwise"),
             ({"momnt": {"gender": "female"}}, ValueError, "did you mean 'moment'"),
+            (SPORTS | {"batch_size": 8}, ValueError, "did you mean 'trainer.batch_size'"),
             ({"moment": {"gender": "female"}}, ValueError, "needs its target"),
             (SPORTS | {"target": 1}, ValueError, "takes no target"),
             ({"pointwise": {"wordlst": "sports"}}, ValueError, "did you mean 'wordlist'"),

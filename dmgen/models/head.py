@@ -110,8 +110,7 @@ class _ChosenLogProb(torch.autograd.Function):
         hidden, weight, bias, tokens, log_z, log_p, top, *kept = ctx.saved_tensors
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         blocks = _Blocks(hidden, weight, bias, ctx.dtype, ctx.width)
-        wide = blocks.lifted
-        grad = grad.to(wide).unsqueeze(-1)  # (M, 1)
+        grad = grad.to(blocks.lifted).unsqueeze(-1)  # (M, 1)
         own = -grad * torch.expm1(log_p).unsqueeze(-1)
         # Sums over blocks are kept in the wide type, whatever that of the products.
         to_hidden = own * weight[tokens].to(ctx.dtype)
