@@ -2,6 +2,7 @@
 
     python benchmarks/classifier_heads.py DATA                     # tiny-bios
     python benchmarks/classifier_heads.py DATA --base gpt2
+    python benchmarks/classifier_heads.py DATA --base models/smollm2 --only sst2
 
 DATA is a folder with `sst2/{train,dev,test}.tsv` (Stanford Sentiment Treebank, Socher et al. 2013;
 columns text, 0/1) and `clickbait/{clickbait,non_clickbait}.txt.gz` (Chakraborty et al. 2016, MIT),
@@ -55,6 +56,7 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("--base", default="tiny-bios", help="a folder, a hub id, or tiny-bios")
+    parser.add_argument("--only", choices=("sst2", "clickbait"), help="one head; both if not given")
     args = parser.parse_args()
     embed = dmgen.CausalLM.from_pretrained(args.base).embed
     train, test = sst2(args.data, "train"), sst2(args.data, "test")
@@ -66,11 +68,15 @@ def main() -> None:
         "clickbait": (*clickbait(args.data), None),
     }
     for name, (texts, labels, held_out) in fits.items():
+        if args.only not in (None, name):
+            continue
         head = fit_classifier(embed, texts, labels, base=args.base, test=held_out)
         folder = HEADS / f"{name}-{Path(args.base).name}"
         head.save_pretrained(folder)
-        command = f"python benchmarks/classifier_heads.py DATA --base {args.base}"
-        facts = record.facts() | {"command": command, "n_texts": len(texts)}
+        # Where a reader's data lies is not where ours did.
+        facts = record.facts()
+        facts["command"] = facts["command"].replace(str(args.data), "DATA")
+        facts["n_texts"] = len(texts)
         runs.write_json(folder / "made_by.json", facts)
         print(f"{folder}: accuracy {head.test_accuracy} on {head.test_accuracy.n:,} texts held out")
 

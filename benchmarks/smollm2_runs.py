@@ -5,14 +5,17 @@
     python benchmarks/smollm2_runs.py models/smollm2 --keep runs/smollm2      # all that is missing
     python benchmarks/smollm2_runs.py models/smollm2 --keep runs/smollm2 --only 08-female/GDC
 
-Half an hour a run on two cores. The result of each is a file in `results/smollm2/`; with --keep, a
-run that was stopped goes on from its last checkpoint. What follows the options overrides the tasks
-(`tasks/smollm2/*.yaml`), as with `dmgen train`: more steps and larger batches on a GPU, for one.
+Half an hour a run on two cores, each in a process of its own, whose peak memory is then that of the
+run. The result of each is a file in `results/smollm2/`; with --keep, a run that was stopped goes on
+from its last checkpoint. What follows the options overrides the tasks (`tasks/smollm2/*.yaml`), as
+with `dmgen train`: more steps and larger batches on a GPU, for one.
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -40,6 +43,29 @@ def cells() -> list[tuple[Path, str]]:
     return [(task, method) for task, method in every if "LoRA" not in method or task == TASKS[-1]]
 
 
+def path_of(name: str) -> Path:
+    """The result file of TASK/METHOD."""
+    return record.RESULTS / "smollm2" / f"{_slug(name)}.json"
+
+
+def one(name: str, task: Path, method: str, args: argparse.Namespace) -> None:
+    """One run, and its result file."""
+    started = time.time()
+    own = [f"base={args.base}", *OWN_METHODS[method], DIAGNOSED, *args.overrides]
+    config = RunConfig.load(task, own)
+    base = load_model(str(args.base), config)
+    folder = args.keep and args.keep / _slug(name)
+    if folder and (folder / "target.json").is_file():
+        target = load_target(folder, config, base)
+    else:
+        target = fit_target(config, base, show=False)
+    result = run(config, target, args.curve, folder)
+    result |= {"task": task.stem, "method": method, "seed": config.trainer.seed}
+    result["wall_seconds"] = round(time.time() - started, 1)
+    path_of(name).parent.mkdir(parents=True, exist_ok=True)
+    runs.write_json(path_of(name), result | record.facts())
+
+
 def main() -> None:
     """Runs what has no result file yet."""
     parser = argparse.ArgumentParser(
@@ -54,26 +80,16 @@ def main() -> None:
     named = {f"{task.stem}/{method}": (task, method) for task, method in cells()}
     if args.only and args.only not in named:
         parser.error(f"there is no run {args.only!r}; there are {', '.join(named)}")
-    for name in tqdm([args.only] if args.only else named, unit="run"):
-        task, method = named[name]
-        slug = name.replace("/", "-").replace("+", "p").replace(" ", "-")
-        path = record.RESULTS / "smollm2" / f"{slug}.json"
-        if path.exists() and not args.only:
-            continue
-        started = time.time()
-        own = [f"base={args.base}", *OWN_METHODS[method], DIAGNOSED, *args.overrides]
-        config = RunConfig.load(task, own)
-        base = load_model(str(args.base), config)
-        folder = args.keep and args.keep / slug
-        if folder and (folder / "target.json").is_file():
-            target = load_target(folder, config, base)
-        else:
-            target = fit_target(config, base, show=False)
-        result = run(config, target, args.curve, folder)
-        result |= {"task": task.stem, "method": method, "seed": config.trainer.seed}
-        result["wall_seconds"] = round(time.time() - started, 1)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, result | record.facts())
+    if args.only:
+        one(args.only, *named[args.only], args)
+        return
+    for name in tqdm([name for name in named if not path_of(name).exists()], unit="run"):
+        command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
+        subprocess.run(command, check=True)
+
+
+def _slug(name: str) -> str:
+    return name.replace("/", "-").replace("+", "p").replace(" ", "-")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -62,3 +63,22 @@ def test_a_claim_needs_clear_differences(monkeypatch):
         ([-0.2] * 10, 1.0, "undecided"),
     ):
         assert _count(frame(differences), "kl", "one", "other", wanted)[1] == said
+
+
+def test_exponents_of_power_laws(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from scaling import exponents
+
+    rows = [
+        {"axis": axis, "x": x, "phase": "step", "seconds": [0.1, 3 * x**power, 99.0]}
+        for axis, power in (("texts", 1.0), ("processes", -0.5))
+        for x in (1, 2, 5)
+    ]
+    found = exponents(rows)
+    for axis, power in (("texts", 1.0), ("processes", -0.5)):
+        assert np.allclose(found[axis, "step"], (power, power))
+    # A step that gets dearer at the end: the last slope says so, the fit lies between.
+    bent = [{"axis": "length", "x": x, "phase": "score", "seconds": [s]}
+            for x, s in ((1, 1.0), (10, 10.0), (100, 1000.0))]  # fmt: skip
+    whole, last = exponents(bent)["length", "score"]
+    assert np.isclose(last, 2) and np.isclose(whole, 1.5)

@@ -1,0 +1,162 @@
+"""The figure and the tables of the runs on SmolLM2-135M.
+
+    python benchmarks/smollm2_report.py         # the figure; write_readme.py writes the tables
+
+Seconds are those of training alone: drawing, scoring, gradient steps, checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from typing import Any
+
+import numpy as np
+import record
+from grid_report import asked, final
+from smollm2_runs import OWN_METHODS, TASKS, cells, path_of
+
+from dmgen.report import plots
+
+CAVEAT = "SmolLM2-135M-Instruct, dequantised from Q4_1"
+KL = "kl_target_policy"
+Result = dict[str, Any]
+
+
+def load() -> list[Result]:
+    """The results that are there, by task and then method."""
+    paths = [path_of(f"{task.stem}/{method}") for task, method in cells()]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    order = list(OWN_METHODS)
+    return sorted(found, key=lambda r: (r["task"], order.index(r["method"])))
+
+
+def of_base(result: Result) -> dict[str, tuple[float, float]]:
+    """What the final evaluation says of the base: value and error by metric."""
+    rows = [row for row in result["final"]["rows"] if row["model"] == "base"]
+    return {row["metric"]: (row["value"], row["stderr"]) for row in rows}
+
+
+def seconds_at(result: Result) -> list[float]:
+    """Seconds of training at each point of the curve."""
+    spent = [0.0, *result["metrics"]["seconds"]]
+    return [spent[point["step"]] for point in result["curve"]]
+
+
+def seconds_a_step(result: Result) -> float:
+    """The median step; the first warms up."""
+    return statistics.median(np.diff(result["metrics"]["seconds"]))
+
+
+def table() -> str:
+    """A row a run: moments and KL(p‖π) from start to end, the price, diversity, and the cost."""
+    lines = [
+        _made_by(),
+        "",
+        "| task | method | moment, base → policy (asked) | KL(p‖a) → KL(p‖π) | fell by | KL(π‖a) "
+        "| Self-BLEU-5 | Distinct-1 | s a step | peak GiB |",
+        "|---" * 10 + "|",
+    ]
+    for result in load():
+        base, last = of_base(result), final(result)
+        moments = [
+            f"{_shown(*base[name])} → {_shown(*last[name])} ({target:g})"
+            for name, target in asked(result).items()
+        ]
+        start, end = last["kl_target_base"], last[KL]
+        cells = [
+            result["task"],
+            result["method"],
+            "<br>".join(moments),
+            f"{_shown(*start)} → {_shown(*end)}",
+            _shown(start[0] - end[0], math.hypot(start[1], end[1])),
+            _shown(*last["kl_policy_base"]),
+            _shown(*last["self_bleu_5"]),
+            f"{last['distinct_1'][0]:.4f} ± {last['distinct_1'][1]:.4f}",
+            f"{seconds_a_step(result):.1f}",
+            f"{result['peak_bytes'] / 2**30:.2f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def texts(n: int = 2) -> str:
+    """Texts of GDC++ before and after, from the same random numbers."""
+    lines = ["| task | base | GDC++ |", "|---|---|---|"]
+    for result in load():
+        if result["method"] == "GDC++":
+            for pair in result["texts"][:n]:
+                shown = [" ".join(text.split()).replace("|", "\\|") for text in pair]
+                lines.append(f"| {result['task']} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def draw() -> Any:
+    """KL(p‖π) against texts and seconds, and the moments, a column a task; 95 % intervals."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(3, len(TASKS), figsize=(11, 8.5), layout="constrained")
+    colours = plots.palette(OWN_METHODS)
+    for column, task in zip(axes.T, TASKS, strict=True):
+        for result in load():
+            if result["task"] != task.stem:
+                continue
+            ((moment, target),) = asked(result).items()
+            samples = [point["samples"] for point in result["curve"]]
+            colour, dashes = colours[result["method"]]
+            for ax, x, metric in zip(
+                column, (samples, seconds_at(result), samples), (KL, KL, moment), strict=True
+            ):
+                values, errors = np.array([point[metric] for point in result["curve"]]).T
+                ax.errorbar(
+                    x, values, yerr=1.96 * errors, color=colour, linestyle=dashes, marker="o",
+                    markersize=4, capsize=2, label=result["method"],
+                )  # fmt: skip
+            column[2].axhline(target, color="#5b6673", linewidth=1, linestyle=":")
+        for ax, title, xlabel in zip(
+            column,
+            ("KL(p‖π), nats", "KL(p‖π), nats", "moment (dotted: asked)"),
+            ("texts drawn", "seconds of training, two cores", "texts drawn"),
+            strict=True,
+        ):
+            ax.set_title(f"{title}\n{task.stem}", fontsize=10, loc="left")
+            ax.set_xlabel(xlabel)
+            ax.spines[["top", "right"]].set_visible(False)
+            ax.grid(color="#e4e8ec", linewidth=0.7)
+    named = {}
+    for ax in axes.flat:
+        handles, labels = ax.get_legend_handles_labels()
+        named |= dict(zip(labels, handles, strict=True))
+    figure.legend(named.values(), named, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def _shown(value: float, stderr: float) -> str:
+    return f"{value:.3f} ± {stderr:.3f}"
+
+
+def _made_by() -> str:
+    results = load()
+    one = results[0]
+    config, trainer = one["config"], one["config"]["trainer"]
+    commits = ", ".join(sorted({r["commit"] for r in results}))
+    return (
+        f"`{one['command'].split(' --only')[0]}`: {CAVEAT}; {len(results)} of {len(cells())} runs "
+        f"of {config['n_steps']} steps of {trainer['batch_size']} texts of up to 40 tokens, "
+        f"learning rate {trainer['learning_rate']:g} (LoRA: its own), bfloat16 with float32 "
+        f"weights, evaluated on {config['evaluate']['n_samples']:,} texts; "
+        f"{one['hardware']['cpus']} cores of {one['hardware']['cpu']}, torch "
+        f"{one['versions']['torch']}; commits {commits}. ± is one standard error."
+    )
+
+
+def main() -> None:
+    """Draws the figure."""
+    path = record.RESULTS / "smollm2.png"
+    draw().savefig(path, dpi=110)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
