@@ -81,4 +81,5 @@ def test_exponents_of_power_laws(monkeypatch):
     bent = [{"axis": "length", "x": x, "phase": "score", "seconds": [s]}
             for x, s in ((1, 1.0), (10, 10.0), (100, 1000.0))]  # fmt: skip
     whole, last = exponents(bent)["length", "score"]
-    assert np.isclose(last, 2) and np.isclose(whole, 1.5)
+    assert np.isclose(last, 2)
+    assert np.isclose(whole, 1.5)
