@@ -10,6 +10,8 @@ backward of the policy, and the whole step with features, weights, optimiser and
 - dmgen: as `Trainer` does it, in float32 and in bfloat16 (float32 master weights).
 - plain: transformers' `generate` with `output_scores`, a log-softmax of all scores, a log-softmax
   of all logits for scoring and for the gradient, micro-batches of the same size, Adam.
+- trl: a step of TRL's RLOO trainer with a reference model, where TRL is installed (`pip install
+  trl`): what people use now for this loop, whole steps only.
 - floor: the matrix products of the phase alone, each shape measured in this very run, backward
   counted as twice forward; nothing can be faster with this arithmetic on this machine.
 
@@ -25,9 +27,11 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import record
@@ -119,7 +123,50 @@ def plain_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callab
     return {"sample": sample, "score": score, "backward": backward, "step": step}
 
 
-def floor_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callable[[], Any]]:
+def trl_steps(name: str, dtype: str, n: int, prompt: str) -> Callable[[], dict[str, float]]:
+    """A function that takes two steps of TRL's RLOO, and gives the seconds of the second."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import RLOOConfig, RLOOTrainer
+
+    class Watch(TrainerCallback):
+        begun = spent = 0.0
+
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            self.begun = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            self.spent = time.perf_counter() - self.begun
+
+    def reward(completions: list[str], **_: Any) -> list[float]:
+        return [float(len(text) > 150) for text in completions]
+
+    # TRL wants a prompt that is not empty; the model's own start is one.
+    loaded = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH)
+    rows = Dataset.from_dict({"prompt": [prompt or loaded.tokenizer.eos_token] * 4})
+
+    def step() -> dict[str, float]:
+        watch = Watch()
+        with tempfile.TemporaryDirectory() as folder:
+            config = RLOOConfig(
+                output_dir=folder, per_device_train_batch_size=MICRO_BATCH, max_steps=2,
+                gradient_accumulation_steps=n // MICRO_BATCH, num_generations=n, beta=0.05,
+                max_completion_length=LENGTH, generation_kwargs={"min_new_tokens": LENGTH},
+                learning_rate=1e-7, bf16=dtype == "bf16", gradient_checkpointing=False,
+                use_cpu=not torch.cuda.is_available(), report_to="none", save_strategy="no",
+                disable_tqdm=True, log_level="error",
+            )  # fmt: skip
+            trainer = RLOOTrainer(
+                model=loaded.copy().model, reward_funcs=reward, args=config, train_dataset=rows,
+                processing_class=loaded.tokenizer, callbacks=[watch],
+            )  # fmt: skip
+            trainer.train()
+        return {"step": watch.spent}
+
+    return step
+
+
+def floor_phases(name: str, dtype: str, n: int, prompt: str) -> Callable[[], dict[str, float]]:
     """The matrix products of each phase, a call of each distinct shape timed and multiplied."""
     model = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH).model
     shapes = Counter(
@@ -143,16 +190,19 @@ def floor_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callab
         return {"sample": decode, "score": whole, "backward": 3 * whole,
                 "step": decode + 4 * whole}  # fmt: skip
 
-    return {"floor": floor}
+    return floor
 
 
 def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds by variant and phase, a number a round; the first round warms up and is dropped."""
     makers = {"dmgen": dmgen_phases, "plain": plain_phases}
     variants = {f"{m} {d}": make(name, d, n, prompt) for m, make in makers.items() for d in DTYPES}
-    floors = {f"floor {d}": floor_phases(name, d, n, prompt)["floor"] for d in DTYPES}
+    makers_of_all = {"trl": trl_steps} if find_spec("trl") else {}
+    makers_of_all["floor"] = floor_phases
+    others = {f"{m} {d}": make(name, d, n, prompt)
+              for m, make in makers_of_all.items() for d in DTYPES}  # fmt: skip
     seconds: dict[str, dict[str, list[float]]] = {v: {p: [] for p in PHASES}
-                                                  for v in [*variants, *floors]}  # fmt: skip
+                                                  for v in [*variants, *others]}  # fmt: skip
     for i in tqdm(range(rounds + 1)):
         for phase in PHASES:
             for variant, phases in variants.items():
@@ -160,8 +210,8 @@ def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, 
                 phases[phase]()
                 if i:
                     seconds[variant][phase].append(time.perf_counter() - started)
-        for variant, floor in floors.items():
-            for phase, value in floor().items():
+        for variant, measured in others.items():
+            for phase, value in measured().items():
                 if i:
                     seconds[variant][phase].append(value)
     return seconds
@@ -183,14 +233,18 @@ def table(result: dict[str, Any]) -> str:
     )
     lines = [made_by, "", "| variant | " + " | ".join(PHASES) + " |",
              "|---" * (1 + len(PHASES)) + "|"]  # fmt: skip
-    middle = {v: {p: statistics.median(x) for p, x in by.items()}
+    middle = {v: {p: statistics.median(x) for p, x in by.items() if x}
               for v, by in result["seconds"].items()}  # fmt: skip
     for variant, by_phase in result["seconds"].items():
         cells = [_shown(x) for x in by_phase.values()]
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     for own, other in (("dmgen fp32", "plain fp32"), ("dmgen bf16", "plain bf16"),
+                       ("dmgen bf16", "plain fp32"), ("dmgen bf16", "trl bf16"),
                        ("dmgen bf16", "floor bf16")):  # fmt: skip
-        cells = [f"{middle[other][p] / middle[own][p]:.2f}" for p in PHASES]
+        if other not in middle:
+            continue
+        cells = [f"{middle[other][p] / middle[own][p]:.2f}" if p in middle[other] else ""
+                 for p in PHASES]  # fmt: skip
         lines.append(f"| {other} / {own} | " + " | ".join(cells) + " |")
     peaks = ", ".join(f"{n} texts {b / 2**30:.2f} GiB" for n, b in result["peak_bytes"].items())
     return "\n".join([*lines, "", f"Peak memory of a step in bf16, micro-batch {MICRO_BATCH}: "
@@ -198,6 +252,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _shown(seconds: list[float]) -> str:
+    if not seconds:
+        return ""
     middle = f"{statistics.median(seconds):.2f}"
     return middle if len(seconds) == 1 else f"{middle} ({min(seconds):.2f} to {max(seconds):.2f})"
 

@@ -103,8 +103,10 @@ class Reinforce(Trainer):
 class ReinforceP(Trainer):
     """Maximises the reward P(x), on-policy: it ends on the likeliest texts. Korbak et al. 2022.
 
-    The reward is measured in units of the geometric mean of P over the possible texts of the first
-    batch that has any: a constant, which only keeps the numbers in range.
+    The reward is measured in units of the largest P(x) met so far, where the papers multiply it by
+    a constant. Texts differ by hundreds of nats, a short one from a long one already, so that any
+    constant leaves the range of floating-point numbers sooner or later; a larger unit is a smaller
+    step, which Adam evens out.
     """
 
     method = "reinforce"
@@ -119,13 +121,13 @@ class ReinforceP(Trainer):
         proposal: Any = None,
     ) -> None:
         super().__init__(policy, target, config, proposal=proposal)
-        # log of the unit, nats; NaN until it is known.
-        self.own_state["log_unit"] = torch.tensor(math.nan, dtype=torch.float64)
+        # log of the unit, nats.
+        self.own_state["log_unit"] = torch.tensor(-math.inf, dtype=torch.float64)
 
     def reward(self, values: dict[str, Tensor], log_score: Tensor) -> Tensor:
-        """P(x) of each text up to the constant, `(N,)`."""
+        """P(x) of each text in the unit so far, in 0..1, `(N,)`; 0 while no text was possible."""
         log_unit = self.own_state["log_unit"]
-        possible = log_score[log_score > -math.inf]
-        if bool(log_unit.isnan()) and len(possible):
-            log_unit.copy_(possible.mean())
+        log_unit.copy_(torch.maximum(log_unit, log_score.max()))
+        if log_unit == -math.inf:
+            return torch.zeros_like(log_score)
         return torch.exp(log_score - log_unit)

@@ -300,6 +300,20 @@ def test_reinforce_p_ends_on_the_likeliest_text(base, target):
     assert policy.log_prob(every)[best].exp() > 0.9
 
 
+def test_the_reward_p_stays_in_range_however_far_apart_texts_are(base, target):
+    sampler = dmgen.ReinforceP(base.copy(), target, config())
+
+    def reward(*log_scores):
+        return sampler.reward({}, torch.tensor(log_scores, dtype=torch.float64)).tolist()
+
+    assert reward(-math.inf, -math.inf) == [0, 0]
+    # A text of one token beside long ones.
+    assert reward(-900.0, -4.0, -math.inf) == pytest.approx([math.exp(-896), 1, 0])
+    # The unit of later batches is the largest P so far, of whichever batch.
+    assert reward(-5.0, -7.0) == pytest.approx([math.exp(-1), math.exp(-3)])
+    assert reward(-2.0, -4.0) == pytest.approx([1, math.exp(-2)])
+
+
 @pytest.mark.parametrize("wanted", [1e-3, 1e-2])
 def test_an_automatic_rate_makes_steps_of_the_kl_that_is_asked(wanted, base, target):
     settings = config(learning_rate="auto", step_kl=wanted, warmup_steps=0, batch_size=512)
