@@ -5,10 +5,11 @@
     python benchmarks/smollm2_runs.py models/smollm2 --keep runs/smollm2      # all that is missing
     python benchmarks/smollm2_runs.py models/smollm2 --keep runs/smollm2 --only 08-female/GDC
 
-Half an hour a run on two cores, each in a process of its own, whose peak memory is then that of the
-run. The result of each is a file in `results/smollm2/`; with --keep, a run that was stopped goes on
-from its last checkpoint. What follows the options overrides the tasks (`tasks/smollm2/*.yaml`), as
-with `dmgen train`: more steps and larger batches on a GPU, for one.
+Some eight minutes a run on two cores, each in a process of its own, whose peak memory is then that
+of the run. The result of each is a file in `results/smollm2/`; with --keep, a run that was stopped
+goes on from its last checkpoint, and the runs on a task share its λ. What follows the options
+overrides the tasks (`tasks/smollm2/*.yaml`), as with `dmgen train`: more steps and larger batches
+on a GPU, for one.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from dmgen import runs
 from dmgen.cli_run import fit_target, load_model
-from dmgen.run_config import RunConfig, load_target
+from dmgen.run_config import RunConfig, load_target, save_target
 
 TASKS = sorted((Path(__file__).parent / "tasks" / "smollm2").glob("*.yaml"))
 OWN_METHODS = {
@@ -33,8 +34,8 @@ OWN_METHODS = {
     # An adapter takes a larger rate than all weights do.
     "GDC++ LoRA": (*METHODS["GDC++"], "policy.adapter=lora", "trainer.learning_rate=2e-4"),
 }
-# The diagnostics of the grid's schedule, at this one's length.
-DIAGNOSED = "trainer.diagnose_every=20"
+# The variance of the gradient takes a backward pass a text: minutes, at this size.
+NOT_DIAGNOSED = "trainer.diagnose_every=null"
 
 
 def cells() -> list[tuple[Path, str]]:
@@ -51,15 +52,18 @@ def path_of(name: str) -> Path:
 def one(name: str, task: Path, method: str, args: argparse.Namespace) -> None:
     """One run, and its result file."""
     started = time.time()
-    own = [f"base={args.base}", *OWN_METHODS[method], DIAGNOSED, *args.overrides]
+    own = [f"base={args.base}", *OWN_METHODS[method], NOT_DIAGNOSED, *args.overrides]
     config = RunConfig.load(task, own)
     base = load_model(str(args.base), config)
-    folder = args.keep and args.keep / _slug(name)
-    if folder and (folder / "target.json").is_file():
-        target = load_target(folder, config, base)
+    fitted = args.keep and args.keep / task.stem
+    if fitted and (fitted / "target.json").is_file():
+        target = load_target(fitted, config, base)
     else:
         target = fit_target(config, base, show=False)
-    result = run(config, target, args.curve, folder)
+        if fitted:
+            fitted.mkdir(parents=True, exist_ok=True)
+            save_target(fitted, target)
+    result = run(config, target, args.curve, args.keep and args.keep / _slug(name))
     result |= {"task": task.stem, "method": method, "seed": config.trainer.seed}
     result["wall_seconds"] = round(time.time() - started, 1)
     path_of(name).parent.mkdir(parents=True, exist_ok=True)
@@ -74,7 +78,7 @@ def main() -> None:
     parser.add_argument("base", type=Path, help="a folder with the model")
     parser.add_argument("overrides", nargs="*", help="key=value, as with dmgen train")
     parser.add_argument("--only", help="TASK/METHOD: this run, again if it is there")
-    parser.add_argument("--curve", type=int, default=256, help="texts of an evaluation on the way")
+    parser.add_argument("--curve", type=int, default=128, help="texts of an evaluation on the way")
     parser.add_argument("--keep", type=Path, help="a folder for checkpoints and targets")
     args = parser.parse_intermixed_args()
     named = {f"{task.stem}/{method}": (task, method) for task, method in cells()}

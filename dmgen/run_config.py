@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -183,7 +183,8 @@ class RunConfig:
                 f"constraints must be a list of at least one like {_CONSTRAINT_FORMS}, "
                 f"got {self.constraints!r}"
             )
-        built = [_constraint(c, f"constraints.{i}") for i, c in enumerate(self.constraints)]
+        embed = partial(_embedder, self.dtype)
+        built = [_constraint(c, f"constraints.{i}", embed) for i, c in enumerate(self.constraints)]
         by_name: dict[str, Feature] = {}
         for feature in (feature for constraint in built for feature in constraint.features):
             if by_name.setdefault(feature.name, feature) != feature:
@@ -260,9 +261,12 @@ def _target(facts: Mapping[str, Any], config: RunConfig, base: LanguageModel, pa
 
 
 @cache
-def _embedder(name: str) -> Callable[[Sequence[str]], Tensor]:
-    """What turns texts into the hidden states that a classifier's head reads; loaded when asked."""
-    return CausalLM.from_pretrained(name).embed
+def _embedder(dtype: str | None, name: str) -> Callable[[Sequence[str]], Tensor]:
+    """What turns texts into the hidden states that a classifier's head reads; loaded when asked.
+
+    It computes in the precision of the run: in float32 it could cost more than a bfloat16 step.
+    """
+    return CausalLM.from_pretrained(name, dtype=dtype).embed
 
 
 def _check_options(method: str, options: Any) -> None:
@@ -276,7 +280,9 @@ def _check_options(method: str, options: Any) -> None:
             raise ValueError(f"{method} takes no option {key!r}: {there_are}")
 
 
-def _constraint(entry: Any, where: str) -> Pointwise | Moment:
+def _constraint(
+    entry: Any, where: str, embed: Callable[[str], Callable[[Sequence[str]], Tensor]]
+) -> Pointwise | Moment:
     if not isinstance(entry, Mapping):
         raise TypeError(f"{where}: a constraint is {_CONSTRAINT_FORMS}, got {entry!r}")
     for key in entry:
@@ -288,7 +294,7 @@ def _constraint(entry: Any, where: str) -> Pointwise | Moment:
             if len(entry) > 1:
                 extra = ", ".join(key for key in entry if key != "pointwise")
                 raise ValueError(f"pointwise holds for every text and takes no {extra}")
-            return Pointwise(features.from_config(entry["pointwise"], embed=_embedder))
+            return Pointwise(features.from_config(entry["pointwise"], embed=embed))
         if "target" not in entry:
             raise ValueError("a moment needs its target: a number, or an interval [low, high]")
         target, given = entry["target"], entry.get("given")
@@ -298,9 +304,9 @@ def _constraint(entry: Any, where: str) -> Pointwise | Moment:
             else config_file.number(target)
         )
         return Moment(
-            features.from_config(entry["moment"], embed=_embedder),
+            features.from_config(entry["moment"], embed=embed),
             edges,
-            given=None if given is None else features.from_config(given, embed=_embedder),
+            given=None if given is None else features.from_config(given, embed=embed),
         )
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError

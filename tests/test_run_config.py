@@ -2,6 +2,7 @@ import re
 from dataclasses import fields
 
 import pytest
+import torch
 import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -258,3 +259,23 @@ class TestRoundTrip:
         assert RunConfig.from_mapping(config.to_mapping()) == config
         file.write_text(config.to_yaml(), encoding="utf-8")
         assert RunConfig.load(file) == config
+
+
+@pytest.mark.parametrize(("dtype", "wanted"), [(None, "float32"), ("bfloat16", "bfloat16")])
+def test_the_model_under_a_classifier_computes_in_the_precision_of_the_run(tmp_path, dtype, wanted):
+    width = 128
+    head = features.ClassifierHead(
+        torch.zeros(2, width), torch.tensor([0.0, 1.0]), ("a", "b"), base="tiny-bios"
+    )
+    head.save_pretrained(tmp_path)
+    constraint = {"pointwise": {"classifier": {"head": str(tmp_path), "label": "b"}}}
+    config = RunConfig.from_mapping(SMALLEST | {"constraints": [constraint], "dtype": dtype})
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.append(module) and None
+    )
+    try:
+        assert config.build_constraints()[0].feature(["he sang"]).tolist() == [1]
+    finally:
+        hook.remove()
+    assert next(seen[-1].parameters()).dtype == getattr(torch, wanted)

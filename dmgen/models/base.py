@@ -12,6 +12,8 @@ from torch import Tensor
 
 # Tokens a block in the two-level draw: small enough that a float32 block sum keeps the tail.
 _BLOCK = 256
+# Logits that a CPU lifts to float32 at a time: 4 MiB stay in its cache.
+_CACHED = 2**20
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,15 +230,24 @@ def draw_tokens(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     block's sum.
 
     Args:
-        logits: `(N, V)`, float32 or float64; `-inf` is legal, a row of nothing else is not.
+        logits: `(N, V)`; what is narrower than float32 is lifted to it first. `-inf` is legal, a
+            row of nothing else is not.
         u: float64 `(N,)`, uniform in [0, 1).
 
     Returns:
         Tokens, long `(N,)`, and log-probabilities, float64 `(N,)`, nats; NaN where the logits were.
     """
+    rows = len(logits) if logits.device.type != "cpu" else max(1, _CACHED // logits.shape[1])
+    parts = zip(torch.split(logits, rows), torch.split(u, rows), strict=True)
+    tokens, log_probs = zip(*(_draw_rows(*part) for part in parts), strict=True)
+    return torch.cat(tokens), torch.cat(log_probs)
+
+
+def _draw_rows(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     n, v = logits.shape
     width = min(_BLOCK, v)
-    weights = (logits - logits.amax(-1, keepdim=True)).exp_()  # (N, V)
+    lifted = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    weights = (lifted - lifted.amax(-1, keepdim=True)).exp_()  # (N, V)
     padding = -v % width
     if padding:
         weights = torch.nn.functional.pad(weights, (0, padding))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmgen.models import attention, lora, passes
+from dmgen.models import attention, layers, lora, passes
 from dmgen.models.base import Samples, refuse_nan, uniforms
 from dmgen.models.hugging_face import check_tokenizer, load, prompt_ids, texts_of
 
@@ -40,6 +40,8 @@ class CausalLM:
             logits, as is done anyway where the model caps, scales or otherwise changes them.
         fast_attention: attend by plain matrix products where they are faster, on a CPU; False
             keeps the model's own attention implementation.
+        fast_layers: compute root-mean-square norms and gated layers in fewer passes over memory,
+            where the model has such; False keeps its own.
 
     Raises:
         ValueError: the tokenizer has no EOS or one that the model cannot write, the weights are
@@ -56,6 +58,7 @@ class CausalLM:
         dtype: torch.dtype | None = None,
         chunked_head: bool = True,
         fast_attention: bool = True,
+        fast_layers: bool = True,
     ) -> None:
         weights = next(model.parameters()).dtype
         dtype = weights if dtype is None else dtype
@@ -73,6 +76,8 @@ class CausalLM:
         self._has_adapter = False
         if fast_attention:
             attention.use(self.model)
+        if fast_layers:
+            layers.use(self.model)
         with torch.no_grad(), self._computing():
             exact = passes.check(self.model, tokenizer.eos_token_id, dtype)
         self._chunked_head = chunked_head and exact
@@ -88,6 +93,7 @@ class CausalLM:
         trust_remote_code: bool = False,
         chunked_head: bool = True,
         fast_attention: bool = True,
+        fast_layers: bool = True,
     ) -> CausalLM:
         """A frozen model from the package ("tiny-bios"), a local folder, or the hub.
 
@@ -98,7 +104,7 @@ class CausalLM:
                 40-token text is off by 0.25 nats on average, which costs effective sample size.
             max_new_tokens: default length of a text, in tokens.
             trust_remote_code: run code that comes with the checkpoint; off unless asked for.
-            chunked_head, fast_attention: see `CausalLM`.
+            chunked_head, fast_attention, fast_layers: see `CausalLM`.
 
         Raises:
             ValueError: there is no such folder or model, its weights are not safetensors or not all
@@ -117,6 +123,7 @@ class CausalLM:
             dtype=compute,
             chunked_head=chunked_head,
             fast_attention=fast_attention,
+            fast_layers=fast_layers,
         )
 
     @property

@@ -127,6 +127,9 @@ class _RoomyLayer(_DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        # Under autocast, a rotary embedding can widen the keys; they would be narrowed again, all
+        # of them, in the product of each token.
+        key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             n, heads, _, width = key_states.shape
             self.lazy_initialization(key_states, value_states)
@@ -139,12 +142,6 @@ class _RoomyLayer(_DynamicLayer):  # type: ignore[misc]
         self.value_buffer[:, :, start : self.used] = value_states
         self._show()
         return self.keys, self.values
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        if self.is_initialized:
-            self.key_buffer = self.key_buffer.repeat_interleave(repeats, dim=0)
-            self.value_buffer = self.value_buffer.repeat_interleave(repeats, dim=0)
-            self._show()
 
     def reorder_cache(self, rows: Tensor) -> None:
         if not self.is_initialized:  # a layer that reads another layer's keys never is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from dmgen.models.base import draw_tokens, uniforms
 from dmgen.models.head import chosen_log_prob
 from dmgen.models.hugging_face import roomy_cache
+from dmgen.models.layers import is_hooked
 
 # Tokens in one forward pass that makes no logits; bytes of the logits in one that does.
 _PASS_TOKENS = 2**13
@@ -71,16 +73,17 @@ def decode(model: Any, start: Tensor, u: Tensor, eos: int) -> tuple[Tensor, Tens
     tokens = torch.full((n, length), eos, device=u.device)
     log_prob = torch.zeros(n, dtype=torch.float64, device=u.device)
     cache = roomy_cache(model.config, len(start) + length)
+    past = {_cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
     if len(start) > 1:
         # All texts share the prompt: it is read once.
-        model(start[None, :-1], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache.batch_repeat_interleave(n)
+        model(start[None, :-1], **past)
+        cache.reorder_cache(torch.zeros(n, dtype=torch.long, device=u.device))
     alive = torch.arange(n, device=u.device)
     going = torch.ones_like(alive, dtype=torch.bool)
     inputs = start[-1:].expand(n, -1)
     for t in range(length):
-        out = model(inputs, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        drawn, drawn_log_prob = draw_tokens(out.logits[:, -1].float(), u[alive, t])
+        out = model(inputs, **past)
+        drawn, drawn_log_prob = draw_tokens(out.logits[:, -1], u[alive, t])
         # Finished rows that are still in the batch are decoded in vain.
         drawn = torch.where(going, drawn, eos)
         tokens[alive, t] = drawn
@@ -148,12 +151,7 @@ def linear_head(model: Any) -> torch.nn.Linear | None:
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear or model.base_model is model:
         return None
-    for module in (model, head):
-        # Instances get a `forward` of their own from libraries that move weights about.
-        hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-        if any(hooks) or "forward" in vars(module):
-            return None
-    return head
+    return None if is_hooked(model) or is_hooked(head) else head
 
 
 def logits_are_linear(model: Any, inputs: Tensor, dtype: torch.dtype) -> bool:
@@ -195,6 +193,13 @@ def context(model: Any) -> int:
     """Positions that the model has; practically endless where its configuration names none."""
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return limit if limit is not None and limit > 0 else 2**31
+
+
+def _cache_argument(model: Any) -> str:
+    """What the model's forward calls its cache: transformers renames it in the course of 5.x."""
+    forwards = (vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))
+    known = any("cache" in inspect.signature(forward).parameters for forward in forwards)
+    return "cache" if known else "past_key_values"
 
 
 def _vocab_size(model: Any) -> int:
