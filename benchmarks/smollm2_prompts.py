@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import record
@@ -36,6 +37,22 @@ FEATURES = (
     features.wordlist("science"),
     features.wordlist("sports"),
 )
+
+
+def table(result: dict[str, Any]) -> str:
+    """The shares with their errors as Markdown."""
+    names = [feature.name for feature in FEATURES]
+    lines = [
+        f"`{result['command']}`: {result['n_texts']} texts of 40 tokens a prompt, torch "
+        f"{result['versions']['torch']}. Share of texts, ± one standard error.",
+        "",
+        "| prompt | " + " | ".join(names) + " |",
+        "|---" * (1 + len(names)) + "|",
+    ]
+    for row in result["rows"]:
+        cells = ["{:.3f} ± {:.3f}".format(*row[name]) for name in names]
+        lines.append(f"| {row['prompt']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def main() -> None:

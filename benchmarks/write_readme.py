@@ -1,6 +1,7 @@
 """Rebuild the tables of benchmarks/README.md from the result files beside it.
 
     python benchmarks/write_readme.py                     # from benchmarks/results/*.json
+    python benchmarks/write_readme.py --figures           # and the pictures, from the same files
     python benchmarks/write_readme.py --demo runs/demo    # take over a run of `dmgen demo` first
 
 No number in that page is typed by hand: each table stands between two comments, and is replaced.
@@ -17,6 +18,10 @@ from typing import Any
 import batch_size
 import beyond
 import grid_claims
+import grid_report
+import scaling
+import smollm2_prompts
+import smollm2_report
 import throughput
 from lambda_fit import cpu_name
 from lambda_fit import table as lambda_table
@@ -92,6 +97,10 @@ TABLES = {
     "grid": grid_claims.table,
     "grid_claims": grid_claims.claims,
     "grid_texts": grid_claims.texts,
+    "smollm2": smollm2_report.table,
+    "smollm2_texts": smollm2_report.texts,
+    "smollm2_prompts": lambda: smollm2_prompts.table(read("smollm2_prompts")),
+    "scaling": lambda: scaling.table(read("scaling")),
     "throughput_smollm2": lambda: throughput.table(read("throughput_smollm2")),
     "throughput_tiny_bios": lambda: throughput.table(read("throughput_tiny_bios")),
 }
@@ -108,14 +117,25 @@ def rebuilt(page: str) -> str:
     return page
 
 
+def draw_figures() -> None:
+    """Every picture of the page."""
+    batch_size.plot(read("batch_size"), str(HERE / "results" / "batch_size.png"))
+    grid_report.main()
+    smollm2_report.main()
+    scaling.plot(read("scaling"), HERE / "results" / "scaling.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", type=Path, help="a run folder of `dmgen demo` to take over")
+    parser.add_argument("--figures", action="store_true", help="draw the pictures again too")
     args = parser.parse_args()
     if args.demo is not None:
         take_demo(args.demo)
+    if args.figures:
+        draw_figures()
     page = HERE / "README.md"
     page.write_text(rebuilt(page.read_text(encoding="utf-8")), encoding="utf-8")
 

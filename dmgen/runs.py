@@ -139,8 +139,7 @@ def save_checkpoint(
         shutil.rmtree(left_by_a_crash)
     final, partial = home / f"step-{step}", home / f".step-{step}.partial"
     partial.mkdir()
-    plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    save_file(plain, partial / "tensors.safetensors")
+    save_file(_apart(tensors), partial / "tensors.safetensors")
     write_json(partial / "state.json", facts)
     if final.exists():
         # A folder cannot replace another in one move; two moves leave next to no time between.
@@ -149,6 +148,22 @@ def save_checkpoint(
     shutil.rmtree(home / f".step-{step}.old", ignore_errors=True)
     for old in _checkpoints(folder)[:-_KEPT_CHECKPOINTS]:
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none sharing memory with another: safetensors refuses that.
+
+    Only what shares is copied: a copy of all would be as large as a training step.
+    """
+    plain: dict[str, Tensor] = {}
+    taken = set()
+    for name, tensor in tensors.items():
+        own = tensor.detach().cpu().contiguous()
+        if own.untyped_storage().data_ptr() in taken:
+            own = own.clone()
+        taken.add(own.untyped_storage().data_ptr())
+        plain[name] = own
+    return plain
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

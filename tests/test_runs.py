@@ -49,6 +49,17 @@ def test_tensors_that_share_memory_are_saved_apart(tmp_path):
     assert runs.load_checkpoint(tmp_path)[0]["half"].tolist() == [0.0, 1.0]
 
 
+def test_only_what_shares_memory_is_copied(tmp_path, monkeypatch):
+    # A copy of everything would take as much memory as a training step.
+    whole, other, given = torch.arange(4.0), torch.ones(3, requires_grad=True), {}
+    monkeypatch.setattr(runs, "save_file", lambda tensors, path: given.update(tensors))
+    runs.save_checkpoint(tmp_path, 1, {"all": whole, "half": whole[2:], "other": other}, {})
+    assert given["all"].data_ptr() == whole.data_ptr()
+    assert given["other"].data_ptr() == other.data_ptr()
+    assert given["half"].tolist() == [2.0, 3.0]
+    assert given["half"].data_ptr() != whole[2:].data_ptr()
+
+
 def test_the_last_two_are_kept_in_order_of_steps(tmp_path):
     for step in (8, 9, 10, 11):  # "step-9" sorts after "step-10" as text
         checkpoint(tmp_path, step)

@@ -235,6 +235,17 @@ class TestLawOfDrawTokens:
         exact = logits.log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)
         torch.testing.assert_close(log_prob, exact, rtol=0, atol=1e-12)
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_row_is_drawn_as_if_alone_and_in_float32(self, dtype):
+        # More rows than are taken at a time.
+        generator = torch.Generator().manual_seed(0)
+        logits = (3 * torch.randn(50, 49_152, generator=generator)).to(dtype)
+        u = uniforms(50, 1, seed=0, generator=None).squeeze(-1)
+        token, log_prob = draw_tokens(logits, u)
+        for i in range(50):
+            own = draw_tokens(logits[i : i + 1].float(), u[i : i + 1])
+            assert (own[0].item(), own[1].item()) == (token[i], log_prob[i])
+
     def test_logits_are_left_as_they_are(self):
         logits = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
         before = logits.clone()

@@ -22,6 +22,7 @@ from transformers import (
     Gemma3nTextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
     MambaConfig,
     MambaForCausalLM,
     MistralConfig,
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 from dmgen.models import CausalLM, LanguageModel, Samples, hugging_face, passes
+from dmgen.models.hugging_face import roomy_cache
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -157,6 +159,15 @@ class TestCache:
         plain = lm.sample(200, prompt="ab", max_new_tokens=5, seed=0)
         assert torch.equal(fast.tokens, plain.tokens)
         torch.testing.assert_close(fast.log_prob, plain.log_prob, rtol=0, atol=contracts.FLOAT32)
+
+    def test_keys_are_narrowed_once_and_not_at_every_token(self):
+        # Under autocast, a rotary embedding in float32 widens them.
+        layer = roomy_cache(LlamaConfig(**dimensions(5)), 4).layers[0]
+        values = torch.ones(2, 1, 1, 8, dtype=torch.bfloat16)
+        for used in (1, 2):
+            keys, _ = layer.update(torch.full((2, 1, 1, 8), 1 / 3), values)
+            assert keys.dtype == torch.bfloat16
+            assert torch.equal(keys, torch.full((2, 1, used, 8), 1 / 3).bfloat16())
 
     @pytest.mark.parametrize(
         "make",
