@@ -19,9 +19,6 @@ import batch_size
 import beyond
 import grid_claims
 import grid_report
-import scaling
-import smollm2_prompts
-import smollm2_report
 import throughput
 from lambda_fit import cpu_name
 from lambda_fit import table as lambda_table
@@ -97,10 +94,6 @@ TABLES = {
     "grid": grid_claims.table,
     "grid_claims": grid_claims.claims,
     "grid_texts": grid_claims.texts,
-    "smollm2": smollm2_report.table,
-    "smollm2_texts": smollm2_report.texts,
-    "smollm2_prompts": lambda: smollm2_prompts.table(read("smollm2_prompts")),
-    "scaling": lambda: scaling.table(read("scaling")),
     "throughput_smollm2": lambda: throughput.table(read("throughput_smollm2")),
     "throughput_tiny_bios": lambda: throughput.table(read("throughput_tiny_bios")),
 }
@@ -121,8 +114,6 @@ def draw_figures() -> None:
     """Every picture of the page."""
     batch_size.plot(read("batch_size"), str(HERE / "results" / "batch_size.png"))
     grid_report.main()
-    smollm2_report.main()
-    scaling.plot(read("scaling"), HERE / "results" / "scaling.png")
 
 
 def main() -> None:
