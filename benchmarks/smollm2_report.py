@@ -8,7 +8,6 @@ Seconds are those of training alone: drawing, scoring, gradient steps, checkpoin
 from __future__ import annotations
 
 import json
-import math
 import statistics
 from typing import Any
 
@@ -70,7 +69,7 @@ def table() -> str:
             result["method"],
             "<br>".join(moments),
             f"{_shown(*start)} → {_shown(*end)}",
-            _shown(start[0] - end[0], math.hypot(start[1], end[1])),
+            _shown(*last["gain"]),
             _shown(*last["kl_policy_base"]),
             _shown(*last["self_bleu_5"]),
             f"{last['distinct_1'][0]:.4f} ± {last['distinct_1'][1]:.4f}",

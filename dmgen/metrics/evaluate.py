@@ -63,6 +63,7 @@ class Evaluation:
         kl_target_base: KL(p‖a), the least that it can cost, nats.
         excess: KL(π‖a) − KL(p‖a), what was forgotten beyond the necessary, nats; its error knows
             that both come from the same texts.
+        gain: KL(p‖a) − KL(p‖π), how much nearer to the target than the base is, nats; likewise.
         tv, js: total variation distance and Jensen-Shannon divergence (nats) of p and π.
         length: mean length in tokens, EOS included, of "base", "target" and "policy".
         perplexity: of the texts of "base", "target" and "policy" under the base, a token.
@@ -77,6 +78,7 @@ class Evaluation:
     kl_policy_base: Score
     kl_target_base: Score
     excess: Score
+    gain: Score
     tv: Score
     js: Score
     length: Mapping[str, Score]
@@ -120,6 +122,7 @@ class Evaluation:
             ["KL(·‖a) paid, nats", "", "", least, str(self.kl_policy_base)],
             ["  beyond the least", "", "", "", str(self.excess)],
             ["KL(p‖·) missing, nats", "", least, "", str(self.kl_target_policy)],
+            ["  less than the base", "", "", "", str(self.gain)],
             ["TV(p, ·)", "", "", "", str(self.tv)],
             ["JS(p, ·) nats", "", "", "", str(self.js)],
         ]
@@ -155,7 +158,7 @@ class Evaluation:
         return rows
 
 
-_DISTANCES = ("kl_target_policy", "kl_policy_base", "kl_target_base", "excess", "tv", "js")
+_DISTANCES = ("kl_target_policy", "kl_policy_base", "kl_target_base", "excess", "gain", "tv", "js")
 
 
 def evaluate(
@@ -202,6 +205,7 @@ def evaluate(
         kl_policy_base=pool.kl_policy_base(),
         kl_target_base=pool.distance(divergences.kl, pool.log_base),
         excess=pool.excess(),
+        gain=pool.gain(),
         tv=pool.distance(divergences.tv, pool.log_policy),
         js=pool.distance(divergences.js, pool.log_policy),
         length={model: pool.mean(model, n_tokens) for model in MODELS},

@@ -103,6 +103,11 @@ class Pool:
         paid, least = self._kl_policy_base(), self._kl_target(self.log_base)
         return self._score(paid[0] - least[0], paid[1] - least[1])
 
+    def gain(self) -> Score:
+        """KL(p‖a) − KL(p‖π), nats; its error knows that both come from the same texts."""
+        before, after = self._kl_target(self.log_base), self._kl_target(self.log_policy)
+        return self._score(before[0] - after[0], before[1] - after[1])
+
     def kl_policy_base(self) -> Score:
         """KL(π‖a), nats, from the policy's texts."""
         n = len(self.drawn["policy"])

@@ -27,6 +27,7 @@ _LABELS = {
     "kl_policy_base": "KL(π‖a), paid, nats",
     "kl_target_base": "KL(p‖a), the least possible, nats",
     "excess": "KL(π‖a) − KL(p‖a), excess, nats",
+    "gain": "KL(p‖a) − KL(p‖π), nearer to the target than the base, nats",
     "length": "Length in tokens",
     "perplexity": "Perplexity a token, under the base",
 }

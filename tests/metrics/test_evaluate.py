@@ -51,6 +51,7 @@ def test_every_number_is_within_its_error_of_the_truth(world, policy, constraint
         "kl_policy_base": exact.kl_policy_base(policy),
         "kl_target_base": exact.kl_target_base,
         "excess": exact.kl_policy_base(policy) - exact.kl_target_base,
+        "gain": exact.kl_target_base - exact.kl_target_policy(policy),
         "tv": exact.tv(policy),
         "js": exact.js(policy),
     }
@@ -84,6 +85,7 @@ def test_the_base_meets_nothing_and_has_paid_nothing(world):
     assert [row.verdict for row in found.moments] == ["not met"]
     assert found.kl_policy_base.value == 0
     assert found.excess.value == pytest.approx(-found.kl_target_base.value)
+    assert (found.gain.value, found.gain.stderr) == (0, 0)
 
 
 def test_undecided_says_how_many_texts_would_decide(world):
@@ -148,7 +150,7 @@ def test_the_table_and_the_json_hold_every_number(world, policy):
     target = EBM(world, [Pointwise(HAS_A), Moment(LENGTH, (2.5, 3.5))], [0.4])
     found = evaluate(policy, target, n_samples=500, seed=0)
     frame = found.to_frame()
-    assert len(frame) == 2 * 3 + 6 + 2 * 3 + 6 + 6
+    assert len(frame) == 2 * 3 + 7 + 2 * 3 + 6 + 6
     row = frame[(frame.metric == "E[a]") & (frame.model == "policy")].iloc[0]
     assert (row.value, row.target, row.verdict) == (found.moments[0].policy.value, 1.0, "not met")
     value = frame[frame.metric == "excess"].value.item()
@@ -172,11 +174,11 @@ def test_print_is_a_table_with_aligned_columns(world, policy):
     target = EBM(world, [Pointwise(HAS_A), Moment(LENGTH, (2.5, 3.5))], [0.4])
     found = evaluate(policy, target, n_samples=500, seed=0)
     lines = str(found).split("\n")
-    assert len(lines) == 1 + 2 + 5 + 2 + 6
+    assert len(lines) == 1 + 2 + 6 + 2 + 6
     for label in ("base", "target p", "policy π", "verdict"):
         assert label in lines[0]
     at = lines[0].index("policy π")
-    for line, score in ((lines[1], found.moments[0].policy), (lines[8], found.length["policy"])):
+    for line, score in ((lines[1], found.moments[0].policy), (lines[9], found.length["policy"])):
         assert line[at:].startswith(str(score))
     assert "2.5 to 3.5" in str(found)
 

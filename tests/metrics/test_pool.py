@@ -49,6 +49,24 @@ def test_the_error_of_the_excess_knows_what_its_terms_share(world, as_tabular):
     assert not standard(of_strangers)  # the power of this test
 
 
+def test_the_error_of_the_gain_knows_what_its_terms_share(world, as_tabular):
+    """A policy that has moved a little: both distances are large, and from the very same texts."""
+    target = EBM(world, [Moment(LENGTH, 2.0)], [1.0])
+    exact = target.exact()
+    policy = as_tabular(torch.logaddexp(exact.log_prob + math.log(0.1),
+                                        exact.log_base + math.log(0.9)))  # fmt: skip
+    gain = exact.kl_target_base - exact.kl_target_policy(policy)
+    z, of_strangers = [], []
+    for seed in range(300):
+        pool = Pool.draw(policy, target, 150, seed)
+        found = pool.gain()
+        parts = [pool._score(*pool._kl_target(x)) for x in (pool.log_base, pool.log_policy)]
+        z.append((found.value - gain) / found.stderr)
+        of_strangers.append((found.value - gain) / math.hypot(*(p.stderr for p in parts)))
+    assert standard(z)
+    assert not standard(of_strangers)  # the power of this test
+
+
 def test_ratios_are_calibrated(target, policy):
     exact = target.exact()
     n_tokens = exact.samples.n_tokens.double()
