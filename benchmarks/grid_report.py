@@ -165,6 +165,7 @@ def draw_batches() -> Any:
                 capsize=3, label=method,
             )  # fmt: skip
         ax.set_xscale("log", base=2)
+        ax.set_xticks(sizes, [f"{size:,}" for size in sizes])
         ax.set_title(f"KL(p‖π) at the end, nats\n{task}", fontsize=10, loc="left")
         ax.set_xlabel("texts a step")
     _legend(figure, axes)

@@ -137,7 +137,7 @@ def _mlp_like(module: Any) -> GatedMLP | None:
     """A gated layer of the three layers of the module, if these are all that it has weights in."""
     names = ("gate_proj", "up_proj", "down_proj")
     named = [getattr(module, name, None) for name in names]
-    layers = [layer for layer in named if type(layer) is torch.nn.Linear]
+    layers = [x for x in named if type(x) is torch.nn.Linear and not is_hooked(x)]
     if len(layers) < len(names):
         return None
     ours = GatedMLP(*layers)

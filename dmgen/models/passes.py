@@ -13,8 +13,9 @@ from dmgen.models.head import chosen_log_prob
 from dmgen.models.hugging_face import roomy_cache
 from dmgen.models.layers import is_hooked
 
-# Tokens in one forward pass that makes no logits; bytes of the logits in one that does.
-_PASS_TOKENS = 2**13
+# Tokens in one forward pass that makes no logits: on a CPU few enough that the states of a layer stay
+# in its cache; bytes of the logits in one that does.
+_PASS_TOKENS, _PASS_TOKENS_ON_CPU = 2**13, 2**11
 _LOGIT_BYTES = 2**27
 
 
@@ -142,7 +143,8 @@ def texts_a_draw(model: Any) -> int:
 def texts_a_pass(model: Any, length: int, *, chunked: bool) -> int:
     """Texts of `length` tokens that one forward pass has memory for."""
     if chunked and linear_head(model) is not None:
-        return max(1, _PASS_TOKENS // length)
+        on_cpu = next(model.parameters()).device.type == "cpu"
+        return max(1, (_PASS_TOKENS_ON_CPU if on_cpu else _PASS_TOKENS) // length)
     return max(1, _LOGIT_BYTES // (4 * _vocab_size(model) * length))
 
 
