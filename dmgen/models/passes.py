@@ -13,8 +13,8 @@ from dmgen.models.head import chosen_log_prob
 from dmgen.models.hugging_face import roomy_cache
 from dmgen.models.layers import is_hooked
 
-# Tokens in one forward pass that makes no logits: on a CPU few enough that the states of a layer stay
-# in its cache; bytes of the logits in one that does.
+# Tokens in one forward pass that makes no logits, on a CPU few enough that the states of a layer
+# stay in its cache; bytes of the logits in one that does.
 _PASS_TOKENS, _PASS_TOKENS_ON_CPU = 2**13, 2**11
 _LOGIT_BYTES = 2**27
 
