@@ -1,6 +1,6 @@
 """How often a base says what the tasks ask for, by prompt: which prompt to choose.
 
-    python benchmarks/smollm2_prompts.py models/smollm2     # about five minutes on two cores
+    python benchmarks/smollm2_prompts.py models/smollm2     # about two minutes on two cores
 
 A constraint is worth training for where the base meets it rarely, but often enough to be seen in a
 batch; a prompt about a person is neutral where it names no gender and the text still tells one.
@@ -29,6 +29,8 @@ PROMPTS = (
     "The doctor said that",
     "My neighbour is a teacher.",
     "News of today:",
+    "He complained that",
+    "The review of the film says:",
 )
 FEATURES = (
     features.gender("female"),
@@ -37,11 +39,12 @@ FEATURES = (
     features.wordlist("science"),
     features.wordlist("sports"),
 )
+HEADS = Path(__file__).parent / "heads"
 
 
 def table(result: dict[str, Any]) -> str:
     """The shares with their errors as Markdown."""
-    names = [feature.name for feature in FEATURES]
+    names = [name for name in result["rows"][0] if name != "prompt"]
     lines = [
         f"`{result['command']}`: {result['n_texts']} texts of 40 tokens a prompt, torch "
         f"{result['versions']['torch']}. Share of texts, ± one standard error.",
@@ -64,11 +67,13 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=256, help="texts of 40 tokens a prompt")
     args = parser.parse_args()
     base = dmgen.CausalLM.from_pretrained(args.base, dtype="bfloat16")
+    head = HEADS / f"sst2-{Path(args.base).name}"
+    asked = (*FEATURES, features.classifier(head, base.embed, "positive"))
     rows = []
     for prompt in tqdm(PROMPTS, unit="prompt"):
         texts = base.sample(args.texts, prompt=prompt, seed=0).texts
         row: dict[str, object] = {"prompt": prompt}
-        for feature in FEATURES:
+        for feature in asked:
             values = feature(texts)
             stderr = float(values.std(correction=0)) / math.sqrt(len(texts))
             row[feature.name] = [round(float(values.mean()), 4), round(stderr, 4)]

@@ -277,7 +277,7 @@ class TestCost:
 
     def test_passes_are_filled_by_memory(self, monkeypatch):
         lm = lm_of(tied_llama, scale=0.3)
-        monkeypatch.setattr(passes, "_PASS_TOKENS", 12)
+        monkeypatch.setattr(passes, "_PASS_TOKENS_ON_CPU", 12)
         texts = self.texts(1, 5, 1, 4, 2, 5, 2, prompt="a")
         assert self.widths(lm, lambda: lm.log_prob(texts)) == [(2, 5), (2, 4), (3, 2)]
 
