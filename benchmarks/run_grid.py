@@ -198,6 +198,7 @@ def main() -> None:
         chosen = [c for c in cells()[share::n_shares] if not path_of(args.base, c).exists()]
     for cell in tqdm(chosen, unit="cell"):
         started, started_core = time.time(), time.process_time()
+        facts = record.facts()  # the commit that it began with
         path = path_of(args.base, cell)
         config = config_of(args.base, cell, args.overrides)
         target = target_of(args.base, cell[0], tuple(args.overrides))
@@ -207,7 +208,7 @@ def main() -> None:
         result["core_seconds"] = round(time.process_time() - started_core, 1)
         result["wall_seconds"] = round(time.time() - started, 1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, result | record.facts())
+        runs.write_json(path, result | facts)
 
 
 def state(base: str) -> str:

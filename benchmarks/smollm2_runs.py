@@ -51,7 +51,7 @@ def path_of(name: str) -> Path:
 
 def one(name: str, task: Path, method: str, args: argparse.Namespace) -> None:
     """One run, and its result file."""
-    started = time.time()
+    started, facts = time.time(), record.facts()  # the commit that it began with
     own = [f"base={args.base}", *OWN_METHODS[method], NOT_DIAGNOSED, *args.overrides]
     config = RunConfig.load(task, own)
     base = load_model(str(args.base), config)
@@ -67,7 +67,7 @@ def one(name: str, task: Path, method: str, args: argparse.Namespace) -> None:
     result |= {"task": task.stem, "method": method, "seed": config.trainer.seed}
     result["wall_seconds"] = round(time.time() - started, 1)
     path_of(name).parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(path_of(name), result | record.facts())
+    runs.write_json(path_of(name), result | facts)
 
 
 def main() -> None:

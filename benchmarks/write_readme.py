@@ -19,6 +19,8 @@ import batch_size
 import beyond
 import grid_claims
 import grid_report
+import smollm2_prompts
+import smollm2_report
 import throughput
 from lambda_fit import cpu_name
 from lambda_fit import table as lambda_table
@@ -94,6 +96,9 @@ TABLES = {
     "grid": grid_claims.table,
     "grid_claims": grid_claims.claims,
     "grid_texts": grid_claims.texts,
+    "smollm2": smollm2_report.table,
+    "smollm2_texts": smollm2_report.texts,
+    "smollm2_prompts": lambda: smollm2_prompts.table(read("smollm2_prompts")),
     "throughput_smollm2": lambda: throughput.table(read("throughput_smollm2")),
     "throughput_tiny_bios": lambda: throughput.table(read("throughput_tiny_bios")),
 }
@@ -114,6 +119,7 @@ def draw_figures() -> None:
     """Every picture of the page."""
     batch_size.plot(read("batch_size"), str(HERE / "results" / "batch_size.png"))
     grid_report.main()
+    smollm2_report.main()
 
 
 def main() -> None:
