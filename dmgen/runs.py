@@ -153,7 +153,7 @@ def save_checkpoint(
 def _apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors on the CPU, none sharing memory with another: safetensors refuses that.
 
-    Only what shares is copied: a copy of all would be as large as a training step.
+    Only what shares is copied: a copy of all would take as much memory again.
     """
     plain: dict[str, Tensor] = {}
     taken = set()

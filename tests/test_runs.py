@@ -50,7 +50,7 @@ def test_tensors_that_share_memory_are_saved_apart(tmp_path):
 
 
 def test_only_what_shares_memory_is_copied(tmp_path, monkeypatch):
-    # A copy of everything would take as much memory as a training step.
+    # A copy of everything would take as much memory again.
     whole, other, given = torch.arange(4.0), torch.ones(3, requires_grad=True), {}
     monkeypatch.setattr(runs, "save_file", lambda tensors, path: given.update(tensors))
     runs.save_checkpoint(tmp_path, 1, {"all": whole, "half": whole[2:], "other": other}, {})

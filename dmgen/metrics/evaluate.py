@@ -63,7 +63,8 @@ class Evaluation:
         kl_target_base: KL(p‖a), the least that it can cost, nats.
         excess: KL(π‖a) − KL(p‖a), what was forgotten beyond the necessary, nats; its error knows
             that both come from the same texts.
-        gain: KL(p‖a) − KL(p‖π), how much nearer to the target than the base is, nats; likewise.
+        gain: KL(p‖a) − KL(p‖π), how much nearer to the target the policy is than the base, nats;
+            likewise.
         tv, js: total variation distance and Jensen-Shannon divergence (nats) of p and π.
         length: mean length in tokens, EOS included, of "base", "target" and "policy".
         perplexity: of the texts of "base", "target" and "policy" under the base, a token.

@@ -146,6 +146,7 @@ class _RoomyLayer(_DynamicLayer):  # type: ignore[misc]
     def reorder_cache(self, rows: Tensor) -> None:
         if not self.is_initialized:  # a layer that reads another layer's keys never is
             return
+        rows = rows.to(self.key_buffer.device)  # a model may be spread over several
         self.key_buffer = self.key_buffer[rows]
         self.value_buffer = self.value_buffer[rows]
         self._show()

@@ -199,9 +199,13 @@ def context(model: Any) -> int:
 
 def _cache_argument(model: Any) -> str:
     """What the model's forward calls its cache: transformers renames it in the course of 5.x."""
-    forwards = (vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))
-    known = any("cache" in inspect.signature(forward).parameters for forward in forwards)
-    return "cache" if known else "past_key_values"
+    for kind in type(model).__mro__:
+        forward = vars(kind).get("forward")
+        known = inspect.signature(forward).parameters if forward else {}
+        for name in ("cache", "past_key_values"):
+            if name in known:
+                return name
+    return "past_key_values"
 
 
 def _vocab_size(model: Any) -> int:

@@ -322,3 +322,19 @@ def test_the_check_of_a_model_is_on_its_own_words():
 def test_llama_and_gpt2_are_fast():
     assert tiny_llama()._chunked_head
     assert tiny_gpt2()._chunked_head
+
+
+@pytest.mark.parametrize("named", ["cache", "past_key_values"])
+def test_a_cache_goes_by_the_name_that_the_model_has_for_it(named):
+    """Also where a class passes the rest on, as `**options`."""
+
+    class Outer(torch.nn.Module):
+        def forward(self, inputs, cache=None, **options): ...
+
+    class Own(Outer):
+        def forward(self, inputs, past_key_values=None, **options): ...
+
+    class PassingOn(Outer if named == "cache" else Own):
+        def forward(self, inputs, **options): ...
+
+    assert passes._cache_argument(PassingOn()) == named
