@@ -143,11 +143,21 @@ def _made_by() -> str:
     return (
         f"`{one['command'].split(' --only')[0]}`: {CAVEAT}; {len(results)} of {len(cells())} runs "
         f"of {config['n_steps']} steps of {trainer['batch_size']} texts of up to 40 tokens, "
-        f"learning rate {trainer['learning_rate']:g} (LoRA: its own), bfloat16 with float32 "
+        f"learning rates {_rates(results)} (LoRA: its own), bfloat16 with float32 "
         f"weights, evaluated on {config['evaluate']['n_samples']:,} texts; "
         f"{one['hardware']['cpus']} cores of {one['hardware']['cpu']}, torch "
         f"{one['versions']['torch']}; commits {commits}. ± is one standard error."
     )
+
+
+def _rates(results: list[Result]) -> str:
+    """The learning rate of each task."""
+    found = {
+        r["task"]: f"{r['config']['trainer']['learning_rate']:g}"
+        for r in results
+        if "LoRA" not in r["method"]
+    }
+    return ", ".join(f"{rate} on {task}" for task, rate in found.items())
 
 
 def main() -> None:
