@@ -20,6 +20,8 @@ from dmgen.report import plots
 
 CAVEAT = "SmolLM2-135M-Instruct, dequantised from Q4_1"
 KL = "kl_target_policy"
+# The papers' run on a pointwise task, in texts; the weights of SmolLM2-135M.
+PAPERS_TEXTS, N_WEIGHTS = 6_400_000, 134_515_008
 Result = dict[str, Any]
 
 
@@ -78,6 +80,21 @@ def table() -> str:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def outlook() -> str:
+    """What a day of this machine draws, and what the papers' number of texts would take."""
+    result = next(r for r in load() if r["method"] == "GDC++")
+    size = result["config"]["trainer"]["batch_size"]
+    a_day = 86_400 * size / seconds_a_step(result)
+    # A token: 2 operations a weight to draw, 2 to score under the base, 6 forward and backward.
+    operations = PAPERS_TEXTS * 40 * 10 * N_WEIGHTS
+    return (
+        f"A day of these two cores is {a_day:,.0f} texts of 40 tokens, at the speed of "
+        f"{result['task']}. The papers draw {PAPERS_TEXTS:,} for a pointwise task: "
+        f"{PAPERS_TEXTS / a_day:.0f} such days, or {operations:.1e} floating-point operations, "
+        f"{operations / 1e14 / 3600:.1f} hours of a GPU that does 100 TFLOP/s of them in practice."
+    )
 
 
 def texts(n: int = 2) -> str:

@@ -97,6 +97,7 @@ TABLES = {
     "grid_claims": grid_claims.claims,
     "grid_texts": grid_claims.texts,
     "smollm2": smollm2_report.table,
+    "smollm2_outlook": smollm2_report.outlook,
     "smollm2_texts": smollm2_report.texts,
     "smollm2_prompts": lambda: smollm2_prompts.table(read("smollm2_prompts")),
     "throughput_smollm2": lambda: throughput.table(read("throughput_smollm2")),
