@@ -1,6 +1,6 @@
 """How the cost of a gradient step grows: the exponents, with a picture.
 
-    python benchmarks/scaling.py            # about five minutes on two cores
+    python benchmarks/scaling.py            # about eight minutes on two cores
 
 Random Llama models, one thread, float32. Each axis changes one thing and keeps the others:
 the batch, the length of the texts, the vocabulary, the model's parameters without the two layers of
@@ -185,7 +185,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     """Seconds against size, an axis a panel, both logarithmic."""
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(2, 3, figsize=(11, 6.5), layout="constrained")
+    figure, panels = plt.subplots(2, 3, figsize=(11, 6.5), sharey=True, layout="constrained")
     for panel, axis in zip(panels.flat, AXES, strict=True):
         for phase in PHASES:
             own = [r for r in result["rows"] if (r["axis"], r["phase"]) == (axis, phase)]

@@ -19,6 +19,7 @@ import batch_size
 import beyond
 import grid_claims
 import grid_report
+import scaling
 import smollm2_prompts
 import smollm2_report
 import throughput
@@ -96,6 +97,7 @@ TABLES = {
     "grid": grid_claims.table,
     "grid_claims": grid_claims.claims,
     "grid_texts": grid_claims.texts,
+    "scaling": lambda: scaling.table(read("scaling")),
     "smollm2": smollm2_report.table,
     "smollm2_outlook": smollm2_report.outlook,
     "smollm2_texts": smollm2_report.texts,
@@ -120,6 +122,7 @@ def draw_figures() -> None:
     """Every picture of the page."""
     batch_size.plot(read("batch_size"), str(HERE / "results" / "batch_size.png"))
     grid_report.main()
+    scaling.plot(read("scaling"), HERE / "results" / "scaling.png")
     smollm2_report.main()
 
 
