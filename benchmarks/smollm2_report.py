@@ -82,6 +82,24 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def cost(throughput: Result) -> str:
+    """Seconds a text and peak memory of the runs of all weights, as shares of throughput.py's.
+
+    Of that, the step in bf16, and the peak with a third model to draw from: that is what GDC and
+    GDC++ have in memory once their proposal has moved.
+    """
+    seconds = statistics.median(throughput["seconds"]["dmgen bf16"]["step"]) / throughput["texts"]
+    peak = throughput["peak_bytes"]["third"][str(throughput["texts"])]
+    lines = ["| task | method | seconds a text | peak memory |", "|---" * 4 + "|"]
+    for result in load():
+        if "LoRA" in result["method"]:
+            continue
+        own = seconds_a_step(result) / result["config"]["trainer"]["batch_size"]
+        shares = f"{own / seconds:.2f} | {result['peak_bytes'] / peak:.2f}"
+        lines.append(f"| {result['task']} | {result['method']} | {shares} |")
+    return "\n".join(lines)
+
+
 def outlook() -> str:
     """What a day of this machine draws, and what the papers' number of texts would take."""
     result = next(r for r in load() if r["method"] == "GDC++")
@@ -155,26 +173,25 @@ def _shown(value: float, stderr: float) -> str:
 def _made_by() -> str:
     results = load()
     one = results[0]
-    config, trainer = one["config"], one["config"]["trainer"]
     commits = ", ".join(sorted({r["commit"] for r in results}))
+    sizes = {r["task"]: _size(r["config"]) for r in results if "LoRA" not in r["method"]}
     return (
-        f"`{one['command'].split(' --only')[0]}`: {CAVEAT}; {len(results)} of {len(cells())} runs "
-        f"of {config['n_steps']} steps of {trainer['batch_size']} texts of up to 40 tokens, "
-        f"learning rates {_rates(results)} (LoRA: its own), bfloat16 with float32 "
-        f"weights, evaluated on {config['evaluate']['n_samples']:,} texts; "
-        f"{one['hardware']['cpus']} cores of {one['hardware']['cpu']}, torch "
-        f"{one['versions']['torch']}; commits {commits}. ± is one standard error."
+        f"`{one['command'].split(' --only')[0]}`: {CAVEAT}; {len(results)} of {len(cells())} runs, "
+        "of texts of up to 40 tokens, in bfloat16 with float32 weights: "
+        + "; ".join(f"{task} {size}" for task, size in sizes.items())
+        + f" (LoRA: a rate of its own). {one['hardware']['cpus']} cores of "
+        f"{one['hardware']['cpu']}, torch {one['versions']['torch']}; commits {commits}. ± is one "
+        "standard error."
     )
 
 
-def _rates(results: list[Result]) -> str:
-    """The learning rate of each task."""
-    found = {
-        r["task"]: f"{r['config']['trainer']['learning_rate']:g}"
-        for r in results
-        if "LoRA" not in r["method"]
-    }
-    return ", ".join(f"{rate} on {task}" for task, rate in found.items())
+def _size(config: Result) -> str:
+    """How long a run is, and what it is evaluated on."""
+    trainer = config["trainer"]
+    return (
+        f"{config['n_steps']} steps of {trainer['batch_size']} texts, learning rate "
+        f"{trainer['learning_rate']:g}, evaluated on {config['evaluate']['n_samples']:,}"
+    )
 
 
 def main() -> None:

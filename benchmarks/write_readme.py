@@ -99,6 +99,7 @@ TABLES = {
     "grid_texts": grid_claims.texts,
     "scaling": lambda: scaling.table(read("scaling")),
     "smollm2": smollm2_report.table,
+    "smollm2_cost": lambda: smollm2_report.cost(read("throughput_smollm2")),
     "smollm2_outlook": smollm2_report.outlook,
     "smollm2_texts": smollm2_report.texts,
     "smollm2_prompts": lambda: smollm2_prompts.table(read("smollm2_prompts")),

@@ -94,13 +94,16 @@ class MomentFit:
     def n_samples_for(self, stderr: float) -> NDArray[np.int64]:
         """How many samples it takes for each lambda to have this standard error, (K,).
 
-        Errors shrink with the root of the number of samples: `n (lambdas_stderr / stderr)²`.
+        Errors shrink with the root of the number of samples: `n (lambdas_stderr / stderr)²`. It is
+        as good as `lambdas_stderr`, so after few hits it is a rough guess.
 
         Raises:
-            ValueError: stderr is not positive.
+            ValueError: stderr is not positive, or the fit has no error (a single sample).
         """
         if not stderr > 0:
             raise ValueError(f"stderr must be positive, got {stderr}")
+        if not np.isfinite(self.lambdas_stderr).all():
+            raise ValueError("the fit has no finite error of lambda to extrapolate from")
         needed = np.ceil(self.n_samples * (self.lambdas_stderr / stderr) ** 2)
         return needed.astype(np.int64)
 
@@ -123,25 +126,6 @@ class MomentFit:
         tilted = torch.from_numpy(lw + phi @ self.lambdas)
         value, stderr = lw_module.mean(tilted, torch.from_numpy(phi))
         return replace(self, moments_heldout=value.numpy(), moments_heldout_stderr=stderr.numpy())
-
-    def samples_for(self, lambda_stderr: float) -> int:
-        """Return how many samples give every lambda an error of `lambda_stderr` or less.
-
-        `n_samples · max(lambdas_stderr / lambda_stderr)²`: errors fall like 1/√n. It is as good as
-        `lambdas_stderr`, so after few hits it is a rough guess.
-
-        Args:
-            lambda_stderr: wanted error, > 0.
-
-        Raises:
-            ValueError: if it is not positive, or the fit has no error (a single sample).
-        """
-        if not lambda_stderr > 0:
-            raise ValueError(f"lambda_stderr must be > 0, got {lambda_stderr}")
-        worst = float(np.max(self.lambdas_stderr, initial=0.0))
-        if not math.isfinite(worst):
-            raise ValueError("the fit has no finite error of lambda to extrapolate from")
-        return math.ceil(self.n_samples * (worst / lambda_stderr) ** 2)
 
     def __str__(self) -> str:
         """Return a table, a row per feature, with ESS, log Z, KL(p‖a) and rank below."""

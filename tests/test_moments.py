@@ -500,14 +500,17 @@ def test_samples_for_a_wanted_error():
     phi, log_a, *_, p, _ = small_world()
     g = np.random.default_rng(13)
     fit = fit_lambdas(phi[g.choice(16, 2000, p=np.exp(log_a))], p @ phi)
-    n = fit.samples_for(lambda_stderr=0.02)
+    n = int(fit.n_samples_for(0.02).max())
     assert n == math.ceil(2000 * (fit.lambdas_stderr.max() / 0.02) ** 2)
     again = fit_lambdas(phi[g.choice(16, n, p=np.exp(log_a))], p @ phi)
     # The error of an error from 2,000 samples is a few percent.
     assert again.lambdas_stderr.max() == pytest.approx(0.02, rel=0.15)
     for bad in (0.0, -1.0, math.nan):
-        with pytest.raises(ValueError, match="lambda_stderr must be > 0"):
-            fit.samples_for(bad)
+        with pytest.raises(ValueError, match="stderr must be positive"):
+            fit.n_samples_for(bad)
+    alone = fit_lambdas([[0.5]], [0.5])
+    with pytest.raises(ValueError, match="no finite error"):
+        alone.n_samples_for(0.02)
 
 
 # ---------------------------------------------------------------- what is shown, what is refused
@@ -576,5 +579,3 @@ def test_the_planned_size_gives_the_planned_error():
     fit = fit_lambdas(phi, [0.5])
     (needed,) = fit.n_samples_for(wanted)
     assert needed == pytest.approx(1 / (wanted**2 * rate * (1 - rate)), rel=2e-3)  # n against n − 1
-    with pytest.raises(ValueError, match="stderr must be positive, got 0"):
-        fit.n_samples_for(0)
