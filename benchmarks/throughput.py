@@ -18,7 +18,7 @@ backward of the policy, and the whole step with features, weights, optimiser and
 All variants take turns, so that a busy machine slows all of them: read ratios, not seconds. The
 peak of memory is that of a fresh process for each batch size, over two steps: from the second on,
 the optimiser's state is there beside what a pass keeps. It is given for a step that draws from the
-policy, and for one that draws from a third model, as GDC and GDC++ do once their proposal has moved.
+policy, and for one that draws from a third model, as GDC and GDC++ do once the proposal moved.
 """
 
 from __future__ import annotations
@@ -293,8 +293,9 @@ def main() -> None:
         "length": LENGTH,
         "torch_threads": torch.get_num_threads(),
         "peak_bytes": {
-            proposal: {n: peak(args.model, n, args.prompt, proposal)
-                       for n in (args.texts, 8 * args.texts)}
+            proposal: {
+                n: peak(args.model, n, args.prompt, proposal) for n in (args.texts, 8 * args.texts)
+            }
             for proposal in PROPOSALS
         },
         "seconds": measure(args.model, args.texts, args.prompt, args.rounds),
