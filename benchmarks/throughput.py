@@ -17,8 +17,7 @@ backward of the policy, and the whole step with features, weights, optimiser and
 
 All variants take turns, so that a busy machine slows all of them: read ratios, not seconds. The
 peak of memory is that of a fresh process for each batch size, over two steps: from the second on,
-the optimiser's state is there beside what a pass keeps. It is given for a step that draws from the
-policy, and for one that draws from a third model, as GDC and GDC++ do once the proposal moved.
+the optimiser's state is there beside what a pass keeps.
 """
 
 from __future__ import annotations
@@ -47,8 +46,6 @@ from dmgen.models.causal import CausalLM
 LENGTH, MICRO_BATCH = 40, 32
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PHASES = ("sample", "score", "backward", "step")
-# What a step draws from.
-PROPOSALS = ("policy", "third")
 
 
 def long_words(model: CausalLM, prompt: str) -> dmgen.EBM:
@@ -57,19 +54,15 @@ def long_words(model: CausalLM, prompt: str) -> dmgen.EBM:
     return dmgen.EBM(model, [dmgen.Moment(long, 0.5)], [0.5], prompt=prompt, max_new_tokens=LENGTH)
 
 
-def dmgen_phases(
-    name: str, dtype: str, n: int, prompt: str, *, third: bool = False
-) -> dict[str, Callable[[], Any]]:
-    """The phases as dmgen takes them; with a `third` model to draw from, or from the policy."""
+def dmgen_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callable[[], Any]]:
+    """The phases as dmgen takes them."""
     base = dmgen.CausalLM.from_pretrained(name, dtype=DTYPES[dtype], max_new_tokens=LENGTH)
     policy = base.copy()
     samples = base.sample(n, prompt=prompt, seed=0)
     config = dmgen.TrainerConfig(
-        batch_size=n, micro_batch_size=MICRO_BATCH, learning_rate=1e-7,
-        proposal_rule="never" if third else "policy",
-    )  # fmt: skip
-    proposal = policy.copy() if third else None
-    sampler = dmgen.GDCpp(policy, long_words(base, prompt), config, proposal=proposal)
+        batch_size=n, micro_batch_size=MICRO_BATCH, proposal_rule="policy", learning_rate=1e-7
+    )
+    sampler = dmgen.GDCpp(policy, long_words(base, prompt), config)
 
     def backward() -> None:
         for part in torch.split(torch.arange(n), MICRO_BATCH):
@@ -225,10 +218,9 @@ def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, 
     return seconds
 
 
-def peak(name: str, n: int, prompt: str, proposal: str) -> int:
+def peak(name: str, n: int, prompt: str) -> int:
     """Bytes of the largest resident set of a process that takes two steps of n texts."""
-    command = [sys.executable, __file__, name, "--texts", str(n), "--prompt", prompt,
-               "--peak", proposal]  # fmt: skip
+    command = [sys.executable, __file__, name, "--texts", str(n), "--prompt", prompt, "--peak"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -255,13 +247,9 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{middle[other][p] / middle[own][p]:.2f}" if p in middle[other] else ""
                  for p in PHASES]  # fmt: skip
         lines.append(f"| {other} / {own} | " + " | ".join(cells) + " |")
-    peaks = [
-        f"drawn from {'the policy' if proposal == 'policy' else 'a third model'} "
-        + ", ".join(f"{n} texts {b / 2**30:.2f} GiB" for n, b in by_texts.items())
-        for proposal, by_texts in result["peak_bytes"].items()
-    ]
+    peaks = ", ".join(f"{n} texts {b / 2**30:.2f} GiB" for n, b in result["peak_bytes"].items())
     return "\n".join([*lines, "", f"Peak memory of a step in bf16, micro-batch {MICRO_BATCH}: "
-                      f"{'; '.join(peaks)}."])  # fmt: skip
+                      f"{peaks}."])  # fmt: skip
 
 
 def _shown(seconds: list[float]) -> str:
@@ -279,11 +267,10 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--prompt", default="It was")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peak", choices=PROPOSALS, help="two steps, then print the peak memory")
+    parser.add_argument("--peak", action="store_true", help="two steps, then print the peak memory")
     args = parser.parse_args()
     if args.peak:
-        third = args.peak == "third"
-        step = dmgen_phases(args.model, "bf16", args.texts, args.prompt, third=third)["step"]
+        step = dmgen_phases(args.model, "bf16", args.texts, args.prompt)["step"]
         step()
         step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -292,12 +279,7 @@ def main() -> None:
         "texts": args.texts,
         "length": LENGTH,
         "torch_threads": torch.get_num_threads(),
-        "peak_bytes": {
-            proposal: {
-                n: peak(args.model, n, args.prompt, proposal) for n in (args.texts, 8 * args.texts)
-            }
-            for proposal in PROPOSALS
-        },
+        "peak_bytes": {n: peak(args.model, n, args.prompt) for n in (args.texts, 8 * args.texts)},
         "seconds": measure(args.model, args.texts, args.prompt, args.rounds),
     }
     print(table(json.loads(json.dumps(result))))  # as it will be read from its file
