@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmgen.models import attention, layers, lora, passes
+from dmgen.models import attention, layers, lora, passes, precision
 from dmgen.models.base import Samples, refuse_nan, uniforms
 from dmgen.models.hugging_face import check_tokenizer, load, prompt_ids, texts_of
 
@@ -74,6 +74,8 @@ class CausalLM:
         self.dtype = dtype
         self.model = model.eval().requires_grad_(False)
         self._has_adapter = False
+        if weights != torch.float32:
+            precision.keep_states_wide(self.model)
         if fast_attention:
             attention.use(self.model)
         if fast_layers:
@@ -349,8 +351,8 @@ class CausalLM:
         return {k: p for k, p in every.items() if not self._has_adapter or ".lora_" in k}
 
     def _computing(self) -> AbstractContextManager[object]:
-        """Autocast where the weights are kept in a higher precision than that of computing."""
-        if next(self.model.parameters()).dtype == self.dtype:
+        """Autocast, unless all is float32."""
+        if self.dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 

@@ -505,7 +505,7 @@ class TestPrecision:
     def test_bfloat16_logits_are_lifted_before_the_softmax(self, gpt2_lm):
         # One text of one token is the same computation in sampling, scoring and here.
         lm = CausalLM(tiny_gpt2().model.to(torch.bfloat16), gpt2_lm.tokenizer)
-        with torch.no_grad():
+        with torch.no_grad(), lm._computing():
             logits = lm.model(torch.tensor([[0]])).logits[0, 0]
         exact = logits.double().log_softmax(-1)
         assert (logits.log_softmax(-1) - exact).abs().max() > 1e-3
@@ -519,7 +519,8 @@ class TestPrecision:
         gpt2_lm.save_pretrained(tmp_path)
         base = CausalLM.from_pretrained(tmp_path, device="cpu", dtype="bfloat16", max_new_tokens=4)
         assert base.dtype == torch.bfloat16
-        assert {p.dtype for p in base.parameters()} == {torch.bfloat16}
+        matrices = [p for p in base.parameters() if p.dim() > 1]
+        assert {p.dtype for p in matrices} == {torch.bfloat16}
         policy = base.copy()
         samples = policy.sample(20, seed=0)
         policy.log_prob(samples, grad=True).sum().backward()
@@ -529,6 +530,30 @@ class TestPrecision:
         assert products.dtype == torch.float32  # only under _computing is it bfloat16
         with torch.no_grad(), policy._computing():
             assert policy.model(samples.tokens).logits.dtype == torch.bfloat16
+
+    @pytest.mark.parametrize(
+        "make", [tiny_gpt2, tiny_llama, tiny_mistral], ids=lambda f: f.__name__
+    )
+    def test_in_bfloat16_a_copy_is_the_same_law_though_states_are_large(self, make):
+        # A state of 300 in the residual stream, as real models have some: in bfloat16 its
+        # neighbours are 2 apart, and whatever the layers add to it would be lost.
+        lm = make()
+        with torch.no_grad():
+            lm.model.get_input_embeddings().weight[:, 0] += 300.0
+        base = CausalLM(lm.model.to(torch.bfloat16), lm.tokenizer, max_new_tokens=4)
+        policy, samples = base.copy(), base.sample(100, seed=0)
+        assert torch.equal(policy.token_log_prob(samples), base.token_log_prob(samples))
+        again = policy.sample(100, seed=0)
+        assert torch.equal(again.tokens, samples.tokens)
+        assert torch.equal(again.log_prob, samples.log_prob)
+
+    def test_a_bfloat16_model_still_computes_by_itself(self):
+        lm = tiny_llama()
+        plain = lm.model.to(torch.bfloat16)
+        with torch.no_grad():
+            expected = plain(torch.tensor([[0, 1]])).logits
+            base = CausalLM(plain, lm.tokenizer, fast_attention=False, fast_layers=False)
+            assert torch.equal(base.model(torch.tensor([[0, 1]])).logits, expected)
 
     def test_dtype_defaults_to_that_of_the_weights(self, gpt2_lm):
         narrow = tiny_gpt2().model.to(torch.bfloat16)
