@@ -128,6 +128,11 @@ def needs_whole_batch(method: str, baseline: str | None) -> bool:
     return method == "vargrad" or baseline in _OF_THE_BATCH
 
 
+def needs_policy(method: str, baseline: str | None) -> bool:
+    """Whether the advantage of a text depends on log π."""
+    return method not in ("dpg", "gdc") or baseline not in (None, "none")
+
+
 def _kappa(
     baseline: str | None, gain: Tensor, ratio: Tensor, own: float, method: str
 ) -> float | Tensor:

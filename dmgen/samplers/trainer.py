@@ -23,7 +23,12 @@ from dmgen.samplers.config import TrainerConfig
 from dmgen.samplers.diagnostics import gradient_variance
 from dmgen.samplers.health import Health
 from dmgen.samplers.memory import micro_batch
-from dmgen.samplers.objectives import advantage, check_method, needs_whole_batch
+from dmgen.samplers.objectives import (
+    advantage,
+    check_method,
+    needs_policy,
+    needs_whole_batch,
+)
 from dmgen.samplers.processes import Processes
 from dmgen.samplers.proposal import draw_mixture, draw_rows, is_closer
 from dmgen.samplers.subset import inclusion_probabilities, systematic_sample
@@ -238,13 +243,12 @@ class Trainer:
 
         `samples` are those of this process, all columns those of all processes. Where `log_policy`
         is None and no text needs to know of the others, the π inside A is that of the very pass
-        that is differentiated.
+        that is differentiated. Texts whose A is known to be 0 are not differentiated.
         """
         config, n = self.config, len(log_q)
-        if log_policy is None and (
-            config.backward_size or needs_whole_batch(self.method, config.baseline)
-        ):
-            log_policy = self._gather(self.policy.log_prob(samples))[0]
+        blind = needs_policy(self.method, config.baseline) and log_policy is None
+        if blind and (config.backward_size or needs_whole_batch(self.method, config.baseline)):
+            log_policy, blind = self._gather(self.policy.log_prob(samples))[0], False
         seen = torch.zeros_like(log_q) if log_policy is None else log_policy
 
         def weigh(rows: Tensor) -> Tensor:
@@ -260,25 +264,31 @@ class Trainer:
             )
 
         everything = torch.arange(n)
-        a = None if log_policy is None else weigh(everything)
+        a = None if blind else weigh(everything)
         rows, scale = everything, torch.full((n,), 1.0 / n, dtype=torch.float64)
         if config.backward_size is not None and config.backward_size < n and a is not None:
             keep = inclusion_probabilities(a, config.backward_size)
             u = float(torch.rand((), generator=self.generator, dtype=torch.float64))
             rows, scale = systematic_sample(keep, u), scale / keep
         self.optimizer.zero_grad(set_to_none=True)
-        own = rows[(rows >= self.rows.start) & (rows < self.rows.stop)]
+        mine = torch.arange(self.rows.start, self.rows.stop)
+        own = mine[torch.isin(mine, rows if a is None else rows[a[rows] != 0])]
+        idle = mine[~torch.isin(mine, own)]
+        if log_policy is None and len(idle):
+            seen[idle] = self.policy.log_prob(samples[idle - self.rows.start])
         for part in torch.split(own, self._micro_batch(samples)):
             log_pi = self.policy.log_prob(samples[part - self.rows.start], grad=True)
-            if a is None:
+            if log_policy is None:
                 seen[part] = log_pi.detach().cpu()
             weights = weigh(part) if a is None else a[part]
             ((-weights * scale[part]).to(log_pi) @ log_pi).backward()
+        if not len(own):  # a gradient of 0, not none: the optimiser's moments decay
+            for parameter in self.parameters:
+                parameter.grad = torch.zeros_like(parameter)
         self.processes.sum_gradients(self.parameters)
-        if a is None:
+        if log_policy is None:
             seen = self.processes.gather(seen[self.rows.start : self.rows.stop])
-            a = weigh(everything)
-        return seen, a
+        return seen, weigh(everything) if a is None else a
 
     def _micro_batch(self, samples: Samples) -> int:
         """Texts in one forward and backward pass; found once, on the first batch."""

@@ -27,6 +27,12 @@ def target(base):
     return dmgen.EBM.fit(base, [dmgen.Moment(has_ab, 0.5)], n_samples=4000, seed=0)
 
 
+@pytest.fixture(scope="module")
+def pointwise(base):
+    has_ab = dmgen.feature(lambda text: "ab" in text, name="ab")
+    return dmgen.EBM(base, [dmgen.Pointwise(has_ab)])
+
+
 def exact_kl(target, policy):
     """KL(p‖π) by listing every text."""
     texts = target.base.enumerate()
@@ -91,6 +97,53 @@ def test_micro_batches_change_nothing(method, base, target):
     ]
     for other in by_size[1:]:
         torch.testing.assert_close(other, by_size[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("method", [dmgen.GDC, dmgen.DPG, dmgen.Reinforce])
+def test_texts_that_add_nothing_to_the_gradient_are_not_differentiated(
+    method, base, pointwise, monkeypatch
+):
+    """The gradient is that of all texts, from passes of those with P > 0 alone."""
+    samples = base.sample(64, seed=5)
+    log_score = pointwise.log_score(samples)
+    n_possible = int((log_score > -math.inf).sum())
+    assert 0 < n_possible < 50
+    sampler = method(base.copy(), pointwise, config(batch_size=64, micro_batch_size=16))
+    values = pointwise.values(samples)
+    reward = sampler.reward(values, log_score)
+    log_policy = sampler.policy.log_prob(samples)
+    whole = sampler.policy.log_prob(samples, grad=True)
+    a = dmgen.samplers.objectives.advantage(
+        method.method, log_score, samples.log_prob, log_policy, 0.4, reward=reward
+    )
+    expected = torch.autograd.grad(-(a @ whole) / 64, list(sampler.policy.parameters()))
+    passes = []
+    log_prob = sampler.policy.log_prob
+
+    def watch(texts, *, grad=False):
+        passes.append((len(texts), grad))
+        return log_prob(texts, grad=grad)
+
+    monkeypatch.setattr(sampler.policy, "log_prob", watch)
+    for known in (None, log_policy):
+        seen, found = sampler._backward(samples, samples.log_prob, log_score, known, reward, 0.4)
+        torch.testing.assert_close(found, a, rtol=1e-12, atol=0)
+        torch.testing.assert_close(seen, log_policy, rtol=1e-12, atol=0)
+        for parameter, grad in zip(sampler.policy.parameters(), expected, strict=True):
+            torch.testing.assert_close(parameter.grad, grad, rtol=1e-10, atol=1e-14)
+        differentiated = sum(n for n, grad in passes if grad)
+        # REINFORCE weighs by π, which only the pass itself tells, unless π was drawn from.
+        blind = known is None and method is dmgen.Reinforce
+        assert differentiated == (64 if blind else n_possible)
+        passes.clear()
+
+
+def test_a_batch_without_a_possible_text_has_a_gradient_of_zero(base, pointwise):
+    samples = base.sample(64, seed=5)
+    samples = samples[pointwise.log_score(samples) == -math.inf]
+    sampler = dmgen.GDC(base.copy(), pointwise, config(batch_size=len(samples)))
+    found = gradients(sampler, samples, pointwise.log_score(samples), 0.4)
+    assert torch.equal(found, torch.zeros_like(found))
 
 
 def test_selected_backward_is_unbiased(base, target):
