@@ -35,7 +35,7 @@ class CausalLM:
         dtype: precision of computing, under autocast if it is half; None takes that of the weights.
             Trainable weights stay float32 whatever it is. Frozen float32 weights are cast at each
             use: to compute in bfloat16, load them so. Even then states add up in float32, so that
-            a `copy` is the same law to the last bit.
+            a `copy` of a dense transformer is the same law to the last bit.
         chunked_head: score and train through the output layer a block of the vocabulary at a time,
             never holding the logits of all tokens at all positions. False keeps to the model's own
             logits, as is done anyway where the model caps, scales or otherwise changes them.

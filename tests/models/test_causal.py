@@ -18,8 +18,10 @@ from transformers import (
     DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
     Gemma3nForCausalLM,
     Gemma3nTextConfig,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -54,6 +56,14 @@ def tiny_mistral():
     tokenizer = letters("<end>", bos="<end>", eos="<end>")
     config = MistralConfig(**dimensions(len(tokenizer)), sliding_window=2)
     model = randomised(MistralForCausalLM(config), scale=0.3, seed=0)
+    return CausalLM(model, tokenizer, max_new_tokens=4)
+
+
+def tiny_gemma3():
+    """It scales its embedding, here by √24."""
+    tokenizer = letters("<end>", bos="<end>", eos="<end>")
+    config = Gemma3TextConfig(**(dimensions(len(tokenizer)) | {"hidden_size": 24}), head_dim=8)
+    model = randomised(Gemma3ForCausalLM(config), scale=0.3, seed=0)
     return CausalLM(model, tokenizer, max_new_tokens=4)
 
 
@@ -532,14 +542,15 @@ class TestPrecision:
             assert policy.model(samples.tokens).logits.dtype == torch.bfloat16
 
     @pytest.mark.parametrize(
-        "make", [tiny_gpt2, tiny_llama, tiny_mistral], ids=lambda f: f.__name__
+        ("make", "largest"),
+        [(tiny_gpt2, 0.0), (tiny_llama, 0.0), (tiny_llama, 300.0), (tiny_gemma3, 0.0)],
     )
-    def test_in_bfloat16_a_copy_is_the_same_law_though_states_are_large(self, make):
+    def test_in_bfloat16_a_copy_is_the_same_law(self, make, largest):
         # A state of 300 in the residual stream, as real models have some: in bfloat16 its
-        # neighbours are 2 apart, and whatever the layers add to it would be lost.
+        # neighbours are 2 apart, and what the layers add to it would be lost.
         lm = make()
         with torch.no_grad():
-            lm.model.get_input_embeddings().weight[:, 0] += 300.0
+            lm.model.get_input_embeddings().weight[:, 0] += largest
         base = CausalLM(lm.model.to(torch.bfloat16), lm.tokenizer, max_new_tokens=4)
         policy, samples = base.copy(), base.sample(100, seed=0)
         assert torch.equal(policy.token_log_prob(samples), base.token_log_prob(samples))
