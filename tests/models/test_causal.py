@@ -62,7 +62,7 @@ def tiny_mistral():
 def tiny_gemma3():
     """It scales its embedding, here by √24."""
     tokenizer = letters("<end>", bos="<end>", eos="<end>")
-    config = Gemma3TextConfig(**(dimensions(len(tokenizer)) | {"hidden_size": 24}), head_dim=8)
+    config = Gemma3TextConfig(**(dimensions(len(tokenizer)) | {"hidden_size": 24}))
     model = randomised(Gemma3ForCausalLM(config), scale=0.3, seed=0)
     return CausalLM(model, tokenizer, max_new_tokens=4)
 
