@@ -19,6 +19,7 @@ import batch_size
 import beyond
 import grid_claims
 import grid_report
+import half_precision
 import scaling
 import smollm2_prompts
 import smollm2_report
@@ -98,6 +99,7 @@ TABLES = {
     "grid_claims": grid_claims.claims,
     "grid_texts": grid_claims.texts,
     "scaling": lambda: scaling.table(read("scaling")),
+    "half_precision": lambda: half_precision.table(read("half_precision")),
     "smollm2": smollm2_report.table,
     "smollm2_cost": lambda: smollm2_report.cost(read("throughput_smollm2")),
     "smollm2_outlook": smollm2_report.outlook,
