@@ -75,11 +75,11 @@ def table(result: dict[str, Any]) -> str:
         "| prompt | | mean of a text | standard deviation of a text | largest of a token |",
         "|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['prompt']} | {row['one']} − {row['other']} | {row['mean']:.3f} "
-            f"| {row['sd']:.3f} | {row['largest_token']:.2f} |"
-        )
+    lines += [
+        f"| {row['prompt']} | {row['one']} − {row['other']} | {row['mean']:.3f} "
+        f"| {row['sd']:.3f} | {row['largest_token']:.2f} |"
+        for row in result["rows"]
+    ]
     return "\n".join(lines)
 
 
