@@ -32,7 +32,8 @@ def _widen(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
     # Gemma's scales what it looks up: in float32, as the copy does.
     ids, rows = torch.unique(inputs[0], return_inverse=True)
     wide = copy.copy(module)
-    wide._parameters = {"weight": torch.nn.Parameter(module.weight[ids].float())}
+    looked_up = module.weight[ids].float()
+    wide._parameters = {"weight": torch.nn.Parameter(looked_up, requires_grad=False)}
     wide.padding_idx = None
     found: Tensor = type(module).forward(wide, rows)
     return found
