@@ -23,12 +23,7 @@ from dmgen.samplers.config import TrainerConfig
 from dmgen.samplers.diagnostics import gradient_variance
 from dmgen.samplers.health import Health
 from dmgen.samplers.memory import micro_batch
-from dmgen.samplers.objectives import (
-    advantage,
-    check_method,
-    needs_policy,
-    needs_whole_batch,
-)
+from dmgen.samplers.objectives import advantage, check_method, needs_policy, needs_whole_batch
 from dmgen.samplers.processes import Processes
 from dmgen.samplers.proposal import draw_mixture, draw_rows, is_closer
 from dmgen.samplers.subset import inclusion_probabilities, systematic_sample
@@ -266,14 +261,15 @@ class Trainer:
         everything = torch.arange(n)
         a = None if blind else weigh(everything)
         rows, scale = everything, torch.full((n,), 1.0 / n, dtype=torch.float64)
-        if config.backward_size is not None and config.backward_size < n and a is not None:
-            keep = inclusion_probabilities(a, config.backward_size)
-            u = float(torch.rand((), generator=self.generator, dtype=torch.float64))
+        if a is not None:
+            size, u = config.backward_size or n, 0.0
+            if size < n:
+                u = float(torch.rand((), generator=self.generator, dtype=torch.float64))
+            keep = inclusion_probabilities(a, size)
             rows, scale = systematic_sample(keep, u), scale / keep
         self.optimizer.zero_grad(set_to_none=True)
-        mine = torch.arange(self.rows.start, self.rows.stop)
-        own = mine[torch.isin(mine, rows if a is None else rows[a[rows] != 0])]
-        idle = mine[~torch.isin(mine, own)]
+        mine = everything[self.rows.start : self.rows.stop]
+        own, idle = mine[torch.isin(mine, rows)], mine[~torch.isin(mine, rows)]
         if log_policy is None and len(idle):
             seen[idle] = self.policy.log_prob(samples[idle - self.rows.start])
         for part in torch.split(own, self._micro_batch(samples)):
