@@ -272,7 +272,8 @@ class Trainer:
         own, idle = mine[torch.isin(mine, rows)], mine[~torch.isin(mine, rows)]
         if log_policy is None and len(idle):
             seen[idle] = self.policy.log_prob(samples[idle - self.rows.start])
-        for part in torch.split(own, self._micro_batch(samples)):
+        # Of nothing, torch.split gives one part, and a pass of no texts has no graph.
+        for part in torch.split(own, self._micro_batch(samples)) if len(own) else ():
             log_pi = self.policy.log_prob(samples[part - self.rows.start], grad=True)
             if log_policy is None:
                 seen[part] = log_pi.detach().cpu()

@@ -6,7 +6,7 @@ import math
 import pandas as pd
 import pytest
 import torch
-from conftest import as_table
+from conftest import as_table, tiny_gpt2
 
 import dmgen
 from dmgen import runs
@@ -138,11 +138,16 @@ def test_texts_that_add_nothing_to_the_gradient_are_not_differentiated(
         passes.clear()
 
 
-def test_a_batch_without_a_possible_text_has_a_gradient_of_zero(base, pointwise):
-    samples = base.sample(64, seed=5)
-    samples = samples[pointwise.log_score(samples) == -math.inf]
-    sampler = dmgen.GDC(base.copy(), pointwise, config(batch_size=len(samples)))
-    found = gradients(sampler, samples, pointwise.log_score(samples), 0.4)
+@pytest.mark.parametrize("transformer", [False, True])
+def test_a_batch_without_a_possible_text_has_a_gradient_of_zero(transformer, base):
+    lm = tiny_gpt2() if transformer else base
+    starts_with_b = dmgen.feature(lambda text: text.startswith("b"), name="b")
+    rare = dmgen.EBM(lm, [dmgen.Pointwise(starts_with_b)])
+    samples = lm.sample(64, seed=5)
+    samples = samples[rare.log_score(samples) == -math.inf]
+    assert len(samples) > 5
+    sampler = dmgen.GDC(lm.copy(), rare, config(batch_size=len(samples)))
+    found = gradients(sampler, samples, rare.log_score(samples), 0.4)
     assert torch.equal(found, torch.zeros_like(found))
 
 
