@@ -86,7 +86,7 @@ def cost(throughput: Result) -> str:
     """Seconds a text and peak memory of the runs of all weights, as shares of throughput.py's.
 
     Of that, the step in bf16, and its peak with the weights of a third model: what GDC and GDC++
-    draw from, once their proposal has moved.
+    draw from, once their proposal has moved. Averaged weights are those of a fourth.
     """
     seconds = statistics.median(throughput["seconds"]["dmgen bf16"]["step"]) / throughput["texts"]
     peak = throughput["peak_bytes"][str(throughput["texts"])] + 4 * N_WEIGHTS
@@ -94,8 +94,10 @@ def cost(throughput: Result) -> str:
     for result in load():
         if "LoRA" in result["method"]:
             continue
-        own = seconds_a_step(result) / result["config"]["trainer"]["batch_size"]
-        shares = f"{own / seconds:.2f} | {result['peak_bytes'] / peak:.2f}"
+        config = result["config"]["trainer"]
+        own = seconds_a_step(result) / config["batch_size"]
+        averaged = 4 * N_WEIGHTS if config["average_decay"] else 0
+        shares = f"{own / seconds:.2f} | {result['peak_bytes'] / (peak + averaged):.2f}"
         lines.append(f"| {result['task']} | {result['method']} | {shares} |")
     return "\n".join(lines)
 

@@ -22,7 +22,7 @@ def save(sampler: Trainer, folder: Path) -> None:
     tensors = {f"policy.{k}": v for k, v in sampler.policy.state_dict().items()}
     if sampler.proposal is not sampler.policy and sampler.proposal is not sampler.target.base:
         tensors |= {f"proposal.{k}": v for k, v in sampler.proposal.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in (sampler.average or {}).items()}
+    tensors |= {f"average.{k}": v for k, v in sampler.average.weights.items()}
     for i, state in sampler.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
     if sampler.since_change:
@@ -77,9 +77,9 @@ def load(sampler: Trainer, folder: Path) -> None:
     if "proposal" in groups:
         sampler.proposal = sampler.policy.copy()
         sampler.proposal.load_state_dict(groups["proposal"])
-    if "average" in groups:
-        weights = sampler.policy.state_dict()
-        sampler.average = {k: v.to(weights[k]) for k, v in groups["average"].items()}
+    own_weights = sampler.policy.state_dict()
+    average = groups.get("average", {})
+    sampler.average.load({k: v.to(own_weights[k]) for k, v in average.items()})
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in groups.get("optimizer", {}).items():
         i, key = name.split(".")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from dmgen.ebm import EBM
 from dmgen.metrics.evaluate import evaluate
 from dmgen.models.base import Samples, stream
 from dmgen.samplers import checkpoint
+from dmgen.samplers.averaging import WeightAverage
 from dmgen.samplers.config import TrainerConfig
 from dmgen.samplers.diagnostics import gradient_variance
 from dmgen.samplers.health import Health
@@ -86,8 +86,7 @@ class Trainer:
         self.z = self.z_before = ZPool.from_score(target.log_z)
         # Of the texts since Z was last compared with what was known before.
         self.z_round = ZPool()
-        self.average: dict[str, Tensor] | None = None
-        self._last: dict[str, Tensor] | None = None
+        self.average = WeightAverage(policy, config.average_decay)
         # (log-weights, log π − log q) of the texts drawn since the proposal was last replaced.
         self.since_change: list[Tensor] = []
         self.history: list[dict[str, Any]] = []
@@ -117,9 +116,7 @@ class Trainer:
         folder = None if out is None or not self.processes.is_main else Path(out)
         if folder is not None:
             runs.open_run(folder, expected_step=self.step)
-        if self._last is not None:
-            self.policy.load_state_dict(self._last)
-            self._last = None
+        self.average.hide()
         hidden = None if self.processes.is_main else True
         bar = tqdm(total=n_steps, desc=type(self).__name__, unit="step", disable=hidden)
         try:
@@ -137,9 +134,7 @@ class Trainer:
         if folder is not None:
             checkpoint.save(self, folder)
         self.processes.wait()
-        if self.average is not None:
-            self._last = {k: v.clone() for k, v in self.policy.state_dict().items()}
-            self.policy.load_state_dict(self.average)
+        self.average.show()
         return pd.DataFrame(self.history)
 
     def resume(self, run_folder: str | Path) -> None:
@@ -302,26 +297,19 @@ class Trainer:
 
     def _update(self) -> None:
         """One optimiser step."""
-        limit = self.config.max_grad_norm or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(norm.isfinite()):
             raise FloatingPointError(
                 f"the gradient of step {self.step} has norm {float(norm)}: lower the learning rate "
                 "or set max_grad_norm, and go on from the last checkpoint"
             )
+        if self.config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * self.config.share_at(self.step)
         self.optimizer.step()
-        decay = self.config.average_decay
-        if decay is None:
-            return
-        weights = self.policy.state_dict()
-        if self.average is None:
-            self.average = {k: v.clone() for k, v in weights.items()}
-        # Early on, an average over all steps so far: the decay's own horizon is not reached yet.
-        decay = min(decay, self.step / (self.step + 1))
-        for name, value in weights.items():
-            self.average[name].lerp_(value, 1 - decay)
+        self.average.update(self.step)
 
     def _follow_kl(self, samples: Samples, log_q: Tensor, before: Tensor) -> float:
         """With learning_rate "auto", measures KL(π before‖π after) and sets the next rate by it.
@@ -407,24 +395,11 @@ class Trainer:
             )
         return row
 
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """The policy as `train` would leave it now: with averaged weights, if they are kept."""
-        if self.average is None:
-            yield
-            return
-        last = {k: v.clone() for k, v in self.policy.state_dict().items()}
-        self.policy.load_state_dict(self.average)
-        try:
-            yield
-        finally:
-            self.policy.load_state_dict(last)
-
     def _record(self, folder: Path, row: dict[str, Any]) -> None:
         runs.append_row(folder / "metrics.jsonl", row)
         config = self.config
         if config.evaluate_every and self.step % config.evaluate_every == 0:
-            with self._averaged():
+            with self.average.shown():
                 scores = evaluate(self.policy, self.target, seed=self.step)
             runs.append_row(folder / "evaluations.jsonl", {"step": self.step} | scores.to_dict())
         if config.checkpoint_every and self.step % config.checkpoint_every == 0:
@@ -437,7 +412,8 @@ def _optimizer(
     if config.optimizer == "sgd":
         return torch.optim.SGD(parameters, lr=1.0, momentum=0.9)
     make = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return make(parameters, lr=1.0)  # set at every step
+    # Fused: one pass over weights and moments, and no temporaries of their size.
+    return make(parameters, lr=1.0, fused=True)  # lr is set at every step
 
 
 def _facts(row: dict[str, Any]) -> str:

@@ -218,6 +218,34 @@ def test_resumed_equals_uninterrupted(method, base, target, tmp_path):
     assert [json.loads(row)["step"] for row in rows] == list(range(1, 26))
 
 
+def test_resume_overrules_an_average_that_is_shown(base, target, tmp_path):
+    settings = config(average_decay=0.9)
+    sampler = dmgen.GDCpp(base.copy(), target, settings)
+    sampler.train(5, out=tmp_path)
+    twin = dmgen.GDCpp(base.copy(), target, settings)
+    twin.resume(tmp_path)
+    sampler.train(3)
+    sampler.resume(tmp_path)
+    sampler.train(2)
+    twin.train(2)
+    assert torch.equal(sampler.policy.logits, twin.policy.logits)
+
+
+def test_averaged_weights_are_the_average_of_those_of_the_steps(base, target):
+    plain, weights = base.copy(), []
+    dmgen.GDCpp(plain, target, config()).train(
+        12, log=lambda row: weights.append(plain.logits.detach().clone())
+    )
+    averaged = base.copy()
+    dmgen.GDCpp(averaged, target, config(average_decay=0.8)).train(12)
+    # The plain mean of the first five, as far as the decay of 0.8 reaches back.
+    expected = torch.stack(weights[:5]).mean(0)
+    for own in weights[5:]:
+        expected = 0.8 * expected + 0.2 * own
+    torch.testing.assert_close(averaged.logits.detach(), expected)
+    assert not torch.allclose(averaged.logits, plain.logits, atol=1e-3)
+
+
 def test_resume_refuses_another_run(base, target, tmp_path):
     dmgen.GDC(base.copy(), target, config()).train(2, out=tmp_path)
     with pytest.raises(ValueError, match="another sampler"):
