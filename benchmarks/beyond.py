@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -210,7 +211,8 @@ def table(part: str) -> str:
     settings, frame = PARTS[part][0], load(part)
     finals = {n: [c[-1][2] for c in frame[frame["name"] == n]["curve"]] for n in settings}
     level = record.mean_interval(finals["GDC++"])[0]
-    reference = frame[frame["name"] == "GDC++"]["curve"].iloc[0][-1]
+    ends = [curve[-1] for curve in frame[frame["name"] == "GDC++"]["curve"]]
+    reference = [statistics.median(end[column] for end in ends) for column in (0, 1)]
     head = ["setting", "final KL(p‖π)", "− GDC++", "samples", "seconds", "reached in"]
     head += ["moment", "KL(π‖a)", "KL spent beyond the least"] if part == "bios" else []
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]

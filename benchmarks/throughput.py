@@ -16,8 +16,9 @@ backward of the policy, and the whole step with features, weights, optimiser and
   counted as twice forward; nothing can be faster with this arithmetic on this machine.
 
 All variants take turns, so that a busy machine slows all of them: read ratios, not seconds. The
-peak of memory is that of a fresh process for each batch size, over two steps: from the second on,
-the optimiser's state is there beside what a pass keeps.
+peak of memory is that of a fresh process for each batch size, over two steps of the large batch and
+as many texts in small ones: then the optimiser's state is there, and so is what the allocator does
+not find a use for again.
 """
 
 from __future__ import annotations
@@ -222,9 +223,10 @@ def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, 
     return seconds
 
 
-def peak(name: str, n: int, prompt: str) -> int:
-    """Bytes of the largest resident set of a process that takes two steps of n texts."""
-    command = [sys.executable, __file__, name, "--texts", str(n), "--prompt", prompt, "--peak"]
+def peak(name: str, n: int, prompt: str, n_steps: int) -> int:
+    """Bytes of the largest resident set of a process that takes steps of n texts."""
+    command = [sys.executable, __file__, name, "--texts", str(n), "--prompt", prompt]
+    command += ["--peak", str(n_steps)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -271,19 +273,21 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--prompt", default="It was")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peak", action="store_true", help="two steps, then print the peak memory")
+    parser.add_argument("--peak", type=int, help="so many steps, then print the peak memory")
     args = parser.parse_args()
     if args.peak:
         step = dmgen_phases(args.model, "bf16", args.texts, args.prompt)["step"]
-        step()
-        step()
+        for _ in range(args.peak):
+            step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
     result = record.facts() | {
         "texts": args.texts,
         "length": LENGTH,
         "torch_threads": torch.get_num_threads(),
-        "peak_bytes": {n: peak(args.model, n, args.prompt) for n in (args.texts, 8 * args.texts)},
+        "peak_bytes": {
+            k * args.texts: peak(args.model, k * args.texts, args.prompt, 16 // k) for k in (1, 8)
+        },
         "seconds": measure(args.model, args.texts, args.prompt, args.rounds),
     }
     print(table(json.loads(json.dumps(result))))  # as it will be read from its file

@@ -4,7 +4,7 @@
     python benchmarks/write_readme.py --figures           # and the pictures, from the same files
     python benchmarks/write_readme.py --demo runs/demo    # take over a run of `dmgen demo` first
 
-No number in that page is typed by hand: each table stands between two comments, and is replaced.
+No number in its tables is typed by hand: each stands between two comments, and is replaced.
 """
 
 from __future__ import annotations

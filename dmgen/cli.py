@@ -1,9 +1,10 @@
-"""The command line; the only file that prints. Results go to stdout, all else to stderr."""
+"""The command line. Results go to stdout, all else to stderr."""
 
 from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -102,6 +103,12 @@ def _begin(
 
     Start with `dmgen demo`: it debiases a small embedded model in a few minutes, offline.
     """
+    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if n_processes > 1:
+        raise ValueError(
+            f"dmgen works in one process, and a launcher started it in {n_processes} processes: "
+            "to train in several, use dmgen's samplers in a script"
+        )
     # A console without Greek letters shows "?" for them, and does not end the run.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

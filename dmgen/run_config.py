@@ -236,7 +236,10 @@ def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM
     config = RunConfig.from_mapping(facts["config"])
     if base is None:
         base = CausalLM.from_pretrained(
-            config.base, device=config.device, max_new_tokens=config.max_new_tokens
+            config.base,
+            device=config.device,
+            dtype=config.dtype,
+            max_new_tokens=config.max_new_tokens,
         )
     return _target(facts["target"], config, base, str(path))
 

@@ -252,6 +252,13 @@ class TestRefusals:
         refused(result, "did you mean 'learning_rate'?")
         assert not out.exists()
 
+    def test_several_processes(self, config, tmp_path, monkeypatch):
+        monkeypatch.setattr(dmgen.CausalLM, "from_pretrained", no_model)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        out = tmp_path / "run"
+        refused(dmgen_command("train", config, "--out", out), "started it in 2 processes")
+        assert not out.exists()
+
     def test_a_folder_in_use(self, config, finished, monkeypatch):
         monkeypatch.setattr(dmgen.CausalLM, "from_pretrained", no_model)
         out, _ = finished

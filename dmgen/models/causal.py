@@ -13,7 +13,13 @@ from torch import Tensor
 
 from dmgen.models import attention, layers, lora, passes, precision
 from dmgen.models.base import Samples, refuse_nan, uniforms
-from dmgen.models.hugging_face import check_tokenizer, load, prompt_ids, texts_of
+from dmgen.models.hugging_face import (
+    check_tokenizer,
+    default_device,
+    load,
+    prompt_ids,
+    texts_of,
+)
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -102,7 +108,8 @@ class CausalLM:
 
         Args:
             name: "tiny-bios", a folder written by `save_pretrained`, or a hub id such as "gpt2".
-            device: None takes CUDA where there is a device, else the CPU.
+            device: None takes CUDA where there is a device, of several processes each its own, else
+                the CPU.
             dtype: precision of computing. None means float32: in bfloat16 the log-probability of a
                 40-token text is off by 0.25 nats on average, which costs effective sample size.
             max_new_tokens: default length of a text, in tokens.
@@ -118,7 +125,7 @@ class CausalLM:
             compute = getattr(torch, compute, compute)
         _check_settings(max_new_tokens, compute)
         model, tokenizer = load(name, dtype=compute, trust_remote_code=trust_remote_code)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = torch.device(device or default_device())
         return cls(
             model.to(device),
             tokenizer,

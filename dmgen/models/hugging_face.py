@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -110,6 +111,13 @@ def _only_cached(source: str) -> bool:
     if not found:
         raise ValueError("the hub has no such model")
     return False
+
+
+def default_device() -> torch.device:
+    """The GPU that a launcher gives this process, or the first one, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 # transformers' own annotations change from version to version.

@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from dmgen.models import CausalLM, LanguageModel, Samples, hugging_face, passes
-from dmgen.models.hugging_face import roomy_cache
+from dmgen.models.hugging_face import default_device, roomy_cache
 
 gpu = pytest.mark.gpu
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -630,6 +630,16 @@ def recorded_law_is_the_law_of_the_draw(lm, exact):
     wrong = (log_weights + 0.05).exp()
     stderr = wrong.std().item() / len(samples) ** 0.5
     assert abs(wrong.mean().item() - 1) > 5 * stderr + contracts.FLOAT32
+
+
+def test_each_process_has_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert default_device() == torch.device("cuda:0")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert default_device() == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert default_device() == torch.device("cpu")
 
 
 def on_cuda(lm):

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 import yaml
 
 from dmgen.report import write_model_card
@@ -35,6 +36,17 @@ def test_the_target_comes_back(make_run, plain_base):
     path.write_text(json.dumps(facts), encoding="utf-8")
     with pytest.raises(ValueError, match="another target"):
         load_published(folder / "policy", plain_base)
+
+
+def test_the_target_computes_in_the_precision_of_the_run(make_run):
+    folder = make_run("run")
+    write_model_card(folder)
+    path = folder / "policy" / "dmgen.json"
+    facts = json.loads(path.read_text(encoding="utf-8"))
+    assert load_published(folder / "policy").base.dtype == torch.float32
+    facts["config"]["dtype"] = "bfloat16"
+    path.write_text(json.dumps(facts), encoding="utf-8")
+    assert load_published(folder / "policy").base.dtype == torch.bfloat16
 
 
 def test_a_run_without_a_policy_has_no_card(make_run):
