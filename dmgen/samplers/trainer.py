@@ -73,7 +73,11 @@ class Trainer:
             raise ValueError("the policy has no trainable weights: use policy = base.copy()")
         if self.proposal_rule == "policy" and proposal is not None:
             raise ValueError('proposal_rule "policy" draws from the policy: give no proposal')
-        self.proposal: Any = proposal or (policy if self.proposal_rule == "policy" else target.base)
+        # What texts are drawn from at first; it may be the caller's own, and is never changed.
+        self.first_proposal: Any = proposal or (
+            policy if self.proposal_rule == "policy" else target.base
+        )
+        self.proposal: Any = self.first_proposal
         self.processes = Processes.here()
         self.rows = self.processes.rows(config.batch_size)
         self.optimizer = _optimizer(config, self.parameters)
@@ -131,7 +135,7 @@ class Trainer:
                 bar.update()
         finally:
             bar.close()
-        if folder is not None:
+        if folder is not None and self.step:
             checkpoint.save(self, folder)
         self.processes.wait()
         self.average.show()
@@ -163,13 +167,14 @@ class Trainer:
         extra: dict[str, float] = {}
         if z.n_hits:
             reward = self.reward(values, log_score)
+            before = self._measured(samples)
             log_policy, a = self._backward(samples, log_q, log_score, known, reward, z.log_z)
             extra = self._diagnose(samples, a)
             self._update()
             for _ in range(self.config.reuse - 1):
                 self._backward(samples, log_q, log_score, None, reward, z.log_z)
                 self._update()
-            extra["step_kl"] = self._follow_kl(samples, log_q, log_policy)
+            extra["step_kl"] = self._follow_kl(log_q, before, self._measured(samples))
         else:
             log_policy = self._gather(self.policy.log_prob(samples))[0] if known is None else known
             a = torch.zeros_like(log_w)
@@ -214,7 +219,7 @@ class Trainer:
             generator=self.generator,
         )
         if n_base:
-            samples, log_base, log_q = draw_mixture(drawn, base, n_base / size)
+            samples, log_base, log_q = draw_mixture(drawn, base, self.proposal, n_base / size)
             return samples, log_base, log_q if self.proposal is self.policy else None
         samples = drawn[0][1]
         log_base = samples.log_prob if self.proposal is base else None
@@ -311,19 +316,29 @@ class Trainer:
         self.optimizer.step()
         self.average.update(self.step)
 
-    def _follow_kl(self, samples: Samples, log_q: Tensor, before: Tensor) -> float:
+    def _measured(self, samples: Samples) -> Tensor | None:
+        """log π of the texts on which learning_rate "auto" measures the KL of a step, `(n,)`.
+
+        By one and the same pass before and after the step: in half precision what was recorded
+        while drawing differs from it by more than a small step does.
+        """
+        if self.config.learning_rate != "auto":
+            return None
+        n = max(2, _N_MEASURED // self.processes.count)
+        log_policy: Tensor = self.policy.log_prob(samples[:n])
+        return log_policy
+
+    def _follow_kl(self, log_q: Tensor, before: Tensor | None, after: Tensor | None) -> float:
         """With learning_rate "auto", measures KL(π before‖π after) and sets the next rate by it.
 
         The KL of a small step grows with the square of its size.
         """
-        if self.config.learning_rate != "auto":
+        if before is None or after is None:
             return math.nan
-        n = min(len(samples), max(2, _N_MEASURED // self.processes.count))
-        rows = slice(self.rows.start, self.rows.start + n)
-        after = self.policy.log_prob(samples[:n])
-        log_ratio = after - before[rows]
+        log_ratio = after - before
         # Each term is positive, unlike those of the plain mean of −log_ratio.
-        terms = torch.exp(before[rows] - log_q[rows]) * (torch.expm1(log_ratio) - log_ratio)
+        weights = torch.exp(before - log_q[self.rows.start :][: len(before)])
+        terms = weights * (torch.expm1(log_ratio) - log_ratio)
         moved_by = float(self.processes.gather(terms).mean())
         wanted = self.config.step_kl * self.config.share_at(self.step) ** 2
         factor = math.sqrt(wanted / moved_by) if moved_by > 0 else _FASTEST
@@ -344,9 +359,10 @@ class Trainer:
         log_w, log_ratio = torch.cat(self.since_change, dim=1)
         if not is_closer(self.proposal_rule, log_w, log_ratio, self.z.log_z):
             return False
-        if self.proposal is self.target.base:
+        if self.proposal is self.first_proposal:
             self.proposal = self.policy.copy()
-        self.proposal.load_state_dict(self.policy.state_dict())
+        else:
+            self.proposal.load_state_dict(self.policy.state_dict())
         self.since_change.clear()
         return True
 
