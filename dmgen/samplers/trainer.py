@@ -80,6 +80,8 @@ class Trainer:
         self.proposal: Any = self.first_proposal
         self.processes = Processes.here()
         self.rows = self.processes.rows(config.batch_size)
+        if not self.processes.agree(target.lambdas):
+            raise ValueError("the processes have targets of different λ: give EBM.fit a seed")
         self.optimizer = _optimizer(config, self.parameters)
         self.generator = stream("train", config.seed)
         self.step = 0
@@ -155,15 +157,16 @@ class Trainer:
         samples, log_base, log_policy = self._draw()
         # log q is what was recorded while drawing; it is never computed again.
         own_log_score = self.target.log_score(samples, base_log_prob=log_base)
-        log_q, log_score = self._gather(samples.log_prob, own_log_score)
+        gather = self.processes.gather  # from this process's texts to those of all, (N,)
+        log_q, log_score = gather(samples.log_prob), gather(own_log_score)
         log_w = log_score - log_q
         # The batch's own weights would bias its gradient, so it counts for Z from the next step
         # on, unless nothing else is known.
         z = self.z if self.z.n_hits else self.z.add(log_w)
         if not self._from_fit():  # the pool began with the texts of the fit: they are counted
             self.z, self.z_round = self.z.add(log_w), self.z_round.add(log_w)
-        values = {k: self._gather(v)[0] for k, v in self.target.values(samples).items()}
-        known = None if log_policy is None else self._gather(log_policy)[0]
+        values = {k: gather(v) for k, v in self.target.values(samples).items()}
+        known = None if log_policy is None else gather(log_policy)
         extra: dict[str, float] = {}
         if z.n_hits:
             reward = self.reward(values, log_score)
@@ -176,7 +179,7 @@ class Trainer:
                 self._update()
             extra["step_kl"] = self._follow_kl(log_q, before, self._measured(samples))
         else:
-            log_policy = self._gather(self.policy.log_prob(samples))[0] if known is None else known
+            log_policy = gather(self.policy.log_prob(samples)) if known is None else known
             a = torch.zeros_like(log_w)
         self.step += 1
         self.n_drawn += self.config.batch_size
@@ -191,10 +194,6 @@ class Trainer:
     def reward(self, values: dict[str, Tensor], log_score: Tensor) -> Tensor | None:
         """What a reward-maximising method pays for each text, `(N,)`; None for the others."""
         return None
-
-    def _gather(self, *own: Tensor) -> list[Tensor]:
-        """Each column of this process's texts, `(n,)`, for the texts of all processes, `(N,)`."""
-        return [self.processes.gather(x) for x in own]
 
     def _from_fit(self) -> bool:
         """Whether this step's texts are some of those that λ was fitted on."""
@@ -243,7 +242,7 @@ class Trainer:
         config, n = self.config, len(log_q)
         blind = needs_policy(self.method, config.baseline) and log_policy is None
         if blind and (config.backward_size or needs_whole_batch(self.method, config.baseline)):
-            log_policy, blind = self._gather(self.policy.log_prob(samples))[0], False
+            log_policy, blind = self.processes.gather(self.policy.log_prob(samples)), False
         seen = torch.zeros_like(log_q) if log_policy is None else log_policy
 
         def weigh(rows: Tensor) -> Tensor:
