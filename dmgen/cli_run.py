@@ -67,10 +67,10 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
             err=True,
         )
         raise
-    final = {"step": sampler.step, "final": True} | asdict(config.evaluate)
-    runs.append_row(out / "evaluations.jsonl", final | scores.to_dict())
     typer.echo(f"\n{scores}\n")
     _compare_texts(base, policy, config, out)
+    final = {"step": sampler.step, "final": True} | asdict(config.evaluate)
+    runs.append_row(out / "evaluations.jsonl", final | scores.to_dict())
     report.write_model_card(out)
     if plots.available():
         report.write_report(out)
@@ -216,7 +216,9 @@ def refuse_other_run(out: Path, config: RunConfig) -> None:
             "a run that goes on keeps them. Give another folder, --out, for a new run"
         )
     evaluations = out / "evaluations.jsonl"
-    for row in runs.read_rows(evaluations) if evaluations.exists() else []:
+    # The card is what a run writes last that every run has.
+    has_card = (out / "policy" / "README.md").is_file()
+    for row in runs.read_rows(evaluations) if has_card and evaluations.exists() else []:
         if row.get("final") and row["step"] >= config.n_steps:
             raise ValueError(
                 f"the run in {out} is finished: it took {row['step']} steps. For more, raise "
