@@ -34,6 +34,7 @@ def save(sampler: Trainer, folder: Path) -> None:
         "divergence": sampler.divergence,
         "config": asdict(sampler.config),
         "micro_batch": [_device(sampler), sampler.micro_batch_size],
+        "own_proposal": _has_own_proposal(sampler),
         "target": sampler.target.to_dict(),
         "step": sampler.step,
         "samples": sampler.n_drawn,
@@ -54,10 +55,16 @@ def load(sampler: Trainer, folder: Path) -> None:
 
     Raises:
         ValueError: there is no checkpoint, or it belongs to another method, divergence, target,
-            optimizer, proposal rule, seed or policy; the sampler is as it was.
+            optimizer, proposal rule, seed, proposal or policy; the sampler is as it was.
     """
     tensors, facts = runs.load_checkpoint(folder)
     settings = facts["config"]
+    given = _has_own_proposal(sampler)
+    if facts.get("own_proposal", given) != given:
+        had, has = ("had", "has not") if facts["own_proposal"] else ("had no", "has one")
+        raise ValueError(
+            f"the run in {folder} {had} proposal= and this sampler {has}: make it as it was made"
+        )
     theirs = {key: facts[key] for key in ("sampler", "divergence", "target")} | {
         "optimizer": settings["optimizer"],
         "proposal_rule": settings["proposal_rule"] or sampler.default_proposal_rule,
@@ -105,14 +112,15 @@ def load(sampler: Trainer, folder: Path) -> None:
     sampler.since_change = [tensors["since_change"]] if "since_change" in tensors else []
     sampler.generator.set_state(tensors["generator"])
     sampler.step, sampler.n_drawn = facts["step"], facts["samples"]
-    for name in ("seconds", "rate"):
-        setattr(sampler, name, facts[name])
+    sampler.seconds = facts["seconds"]
+    if sampler.config.learning_rate == "auto":
+        sampler.rate = facts["rate"]
     for name in ("z", "z_before", "z_round"):
         setattr(sampler, name, ZPool(**facts[name]))
     sampler.history = facts["history"]
-    # Sums over other micro-batches would differ in their last bits.
+    # Sums over other micro-batches would differ in their last bits; only a CPU promises those.
     device, size = facts.get("micro_batch", (None, None))
-    if sampler.config.micro_batch_size is None and device == _device(sampler):
+    if sampler.config.micro_batch_size is None and device == _device(sampler) == "cpu":
         sampler.micro_batch_size = size
     sampler.average.show()
 
@@ -120,6 +128,11 @@ def load(sampler: Trainer, folder: Path) -> None:
 def _device(sampler: Trainer) -> str:
     """Where the policy computes."""
     return str(sampler.parameters[0].device.type)
+
+
+def _has_own_proposal(sampler: Trainer) -> bool:
+    """Whether the caller gave a model to draw from at first."""
+    return not any(sampler.first_proposal is x for x in (sampler.policy, sampler.target.base))
 
 
 def _refuse_other_policy(theirs: dict[str, Tensor], mine: dict[str, Tensor], folder: Path) -> None:

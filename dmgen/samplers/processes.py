@@ -68,7 +68,7 @@ class Processes:
         return torch.cat(parts).to(own.device)
 
     def agree(self, own: Tensor) -> bool:
-        """Whether all processes hold the same numbers, of the same shape."""
+        """Whether all processes hold the same numbers."""
         if not own.numel():
             return True
         return bool((self.gather(own).view(self.count, *own.shape) == own).all())

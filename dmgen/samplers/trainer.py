@@ -49,7 +49,7 @@ class Trainer:
 
     Raises:
         ValueError: the policy has nothing to train, or is the target's own base; a setting does
-            not go with the method or the number of processes.
+            not go with the method or the number of processes; processes have different λ.
     """
 
     method: ClassVar[str]
@@ -146,8 +146,11 @@ class Trainer:
     def resume(self, run_folder: str | Path) -> None:
         """Fills this sampler and its policy, in place, from the last checkpoint of a run.
 
+        The policy is then what `train` left: with averaged weights, if they are kept.
+
         Raises:
-            ValueError: there is no checkpoint, or it belongs to another method or target.
+            ValueError: there is no checkpoint, or it belongs to another run: method, divergence,
+                target, optimizer, proposal, seed or policy.
         """
         checkpoint.load(self, Path(run_folder))
 

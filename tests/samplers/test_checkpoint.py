@@ -47,7 +47,10 @@ def test_how_it_goes_on_may_change(base, target, tmp_path):
         base.copy(), target, config(proposal_rule="kl", learning_rate=0.01, batch_size=128)
     )
     sampler.resume(tmp_path)
-    assert sampler.train(1)["samples"].tolist() == [256, 512, 640]
+    history = sampler.train(1)
+    assert history["samples"].tolist() == [256, 512, 640]
+    # The third of 100 steps of warmup.
+    assert history["learning_rate"].iloc[-1] == pytest.approx(0.01 * 3 / 101)
 
 
 def test_another_policy_is_refused_by_name(base, target, tmp_path):
@@ -91,6 +94,9 @@ def test_a_proposal_of_the_caller_is_found_again(base, target, tmp_path):
     second = dmgen.GDC(base.copy(), target, config(proposal_rule="never"), proposal=given)
     second.resume(tmp_path)
     assert second.proposal is given
+    without = dmgen.GDC(base.copy(), target, config(proposal_rule="never"))
+    with pytest.raises(ValueError, match="had proposal= and this sampler has not"):
+        without.resume(tmp_path)
     first.train(2)
     second.train(2)
     assert torch.equal(first.policy.logits, second.policy.logits)
