@@ -26,7 +26,7 @@ from dmgen.cli_run import (
     refuse_used,
 )
 from dmgen.cli_run import run as run_all
-from dmgen.run_config import EvaluateConfig, FitConfig, RunConfig, load_target
+from dmgen.run_config import EvaluateConfig, FitConfig, RunConfig, from_anywhere, load_target
 
 # Everything that `dmgen demo` sets, and what its config.yaml will say.
 DEMO = RunConfig(
@@ -203,9 +203,7 @@ def train(
     if out is None:
         raise ValueError("give the run folder to make: --out runs/NAME")
     refuse_tracker(track)
-    if Path(settings.base).is_dir() and settings.base != "tiny-bios":
-        # The run folder must find its base from any working directory.
-        settings = replace(settings, base=str(Path(settings.base).resolve()))
+    settings = from_anywhere(settings)
     if resume:
         refuse_other_run(out, settings)
     else:

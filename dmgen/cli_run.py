@@ -19,7 +19,7 @@ from rich.text import Text
 import dmgen
 from dmgen import report, runs
 from dmgen.report import plots
-from dmgen.run_config import SAMPLERS, RunConfig, load_target, save_target
+from dmgen.run_config import SAMPLERS, RunConfig, from_anywhere, load_target, save_target
 from dmgen.samplers.trainer import Trainer
 
 # Pairs of texts in samples.jsonl, and how many of them are shown.
@@ -58,8 +58,16 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
     try:
         with _tracker(track, config, out) as log:
             _train(sampler, config, out, log)
+        (out / "policy" / "README.md").unlink(missing_ok=True)  # of fewer steps
         policy.save_pretrained(out / "policy")
         scores = dmgen.evaluate(policy, target, **asdict(config.evaluate))
+        typer.echo(f"\n{scores}\n")
+        _compare_texts(base, policy, config, out)
+        final = {"step": sampler.step, "final": True} | asdict(config.evaluate)
+        runs.append_row(out / "evaluations.jsonl", final | scores.to_dict())
+        report.write_model_card(out)
+        if plots.available():
+            report.write_report(out)
     except (KeyboardInterrupt, Exception):
         typer.echo(
             f"\nStopped after step {sampler.step} of {config.n_steps}. {out} keeps the metrics and "
@@ -67,13 +75,6 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
             err=True,
         )
         raise
-    final = {"step": sampler.step, "final": True} | asdict(config.evaluate)
-    runs.append_row(out / "evaluations.jsonl", final | scores.to_dict())
-    typer.echo(f"\n{scores}\n")
-    _compare_texts(base, policy, config, out)
-    report.write_model_card(out)
-    if plots.available():
-        report.write_report(out)
     minutes = (time.monotonic() - started) / 60
     typer.echo(f"\nDone in {minutes:.1f} minutes.\n{_next_steps(out)}")
 
@@ -207,7 +208,7 @@ def refuse_used(out: Path) -> None:
 
 def refuse_other_run(out: Path, config: RunConfig) -> None:
     """Raises unless `out` holds a run of this configuration that is not finished."""
-    begun = config_of(out).to_mapping()
+    begun = from_anywhere(config_of(out)).to_mapping()
     wanted = config.to_mapping()
     other = [key for key in wanted if key not in _MAY_CHANGE and wanted[key] != begun[key]]
     if other:
@@ -216,7 +217,9 @@ def refuse_other_run(out: Path, config: RunConfig) -> None:
             "a run that goes on keeps them. Give another folder, --out, for a new run"
         )
     evaluations = out / "evaluations.jsonl"
-    for row in runs.read_rows(evaluations) if evaluations.exists() else []:
+    # The card is what a run writes last that every run has.
+    has_card = (out / "policy" / "README.md").is_file()
+    for row in runs.read_rows(evaluations) if has_card and evaluations.exists() else []:
         if row.get("final") and row["step"] >= config.n_steps:
             raise ValueError(
                 f"the run in {out} is finished: it took {row['step']} steps. For more, raise "

@@ -124,7 +124,7 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         # Lists, as YAML has them, so that what is written and read again is equal.
-        object.__setattr__(self, "constraints", _plain(self.constraints))
+        object.__setattr__(self, "constraints", _numbered(_plain(self.constraints)))
         if not self.base:
             raise ValueError('base must name a model: "tiny-bios", a folder, or a hub id')
         _at_least(1, max_new_tokens=self.max_new_tokens, n_steps=self.n_steps)
@@ -195,6 +195,23 @@ class RunConfig:
         return built
 
 
+def from_anywhere(config: RunConfig) -> RunConfig:
+    """The configuration with whole paths, so that its run is found from any working directory."""
+    mapping = config.to_mapping()
+    if config.base != "tiny-bios":
+        mapping["base"] = _whole(config.base)
+    for constraint in mapping["constraints"]:
+        for feature in constraint.values():
+            head = feature.get("classifier") if isinstance(feature, dict) else None
+            if isinstance(head, dict):
+                head["head"] = _whole(head["head"])
+    return RunConfig.from_mapping(mapping)
+
+
+def _whole(path: str) -> str:
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
+
+
 def save_target(folder: Path, target: EBM) -> None:
     """Writes `target.json`: the constraints with their λ, and how λ was found."""
     fit = {} if target.moment_fit is None else asdict(target.moment_fit)
@@ -263,6 +280,18 @@ def _target(facts: Mapping[str, Any], config: RunConfig, base: LanguageModel, pa
     return target
 
 
+def _numbered(constraints: Any) -> Any:
+    """The constraints with targets that PyYAML takes for text, such as 1e-1, as numbers."""
+    for constraint in constraints if isinstance(constraints, list) else ():
+        if isinstance(constraint, dict) and "target" in constraint:
+            given = constraint["target"]
+            many = isinstance(given, list)
+            constraint["target"] = (
+                [config_file.number(x) for x in given] if many else config_file.number(given)
+            )
+    return constraints
+
+
 @cache
 def _embedder(dtype: str | None, name: str) -> Callable[[Sequence[str]], Tensor]:
     """What turns texts into the hidden states that a classifier's head reads; loaded when asked.
@@ -300,15 +329,10 @@ def _constraint(
             return Pointwise(features.from_config(entry["pointwise"], embed=embed))
         if "target" not in entry:
             raise ValueError("a moment needs its target: a number, or an interval [low, high]")
-        target, given = entry["target"], entry.get("given")
-        edges: Any = (
-            [config_file.number(v) for v in target]
-            if isinstance(target, list)
-            else config_file.number(target)
-        )
+        given = entry.get("given")
         return Moment(
             features.from_config(entry["moment"], embed=embed),
-            edges,
+            entry["target"],
             given=None if given is None else features.from_config(given, embed=embed),
         )
     except (ValueError, TypeError) as error:

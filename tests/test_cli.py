@@ -352,6 +352,31 @@ class TestResume:
         (final,) = runs.read_rows(out / "evaluations.jsonl")
         assert final["step"] == 6
 
+    @pytest.mark.parametrize("where", ["_compare_texts", "report.write_model_card"])
+    def test_a_failure_while_writing_is_made_good(self, where, config, tmp_path, monkeypatch):
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        out = tmp_path / "run"
+        with monkeypatch.context() as patched:
+            patched.setattr(f"dmgen.cli_run.{where}", stop)
+            assert dmgen_command("train", config, "--out", out).exit_code == 130
+        again = dmgen_command("train", out / "config.yaml", "--out", out, "--resume")
+        assert again.exit_code == 0, again.output
+        assert len(metrics(out)) == 6
+        assert (out / "policy" / "README.md").is_file()
+        assert len(runs.read_rows(out / "samples.jsonl")) > 0
+        # Nor does the card of fewer steps stand for that of more.
+        more = (out / "config.yaml", "--out", out, "--resume", "n_steps=8")
+        with monkeypatch.context() as patched:
+            patched.setattr(f"dmgen.cli_run.{where}", stop)
+            stopped = dmgen_command("train", *more)
+        assert stopped.exit_code == 130
+        assert "to go on from it" in stopped.stderr
+        assert not (out / "policy" / "README.md").exists()
+        assert dmgen_command("train", *more).exit_code == 0
+        refused(dmgen_command("train", *more), "is finished")
+
     def test_ctrl_c_while_fitting_leaves_nothing(self, config, tmp_path, monkeypatch):
         def stop(*_, **__):
             raise KeyboardInterrupt

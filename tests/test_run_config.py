@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dmgen import Moment, Pointwise, TrainerConfig, features
-from dmgen.run_config import SAMPLERS, EvaluateConfig, FitConfig, RunConfig
+from dmgen.run_config import SAMPLERS, EvaluateConfig, FitConfig, RunConfig, from_anywhere
 
 FEMALE = {"moment": {"gender": "female"}, "target": 0.5}
 SPORTS = {"pointwise": {"wordlist": "sports"}}
@@ -259,6 +259,43 @@ class TestRoundTrip:
         assert RunConfig.from_mapping(config.to_mapping()) == config
         file.write_text(config.to_yaml(), encoding="utf-8")
         assert RunConfig.load(file) == config
+
+
+def test_targets_that_yaml_takes_for_text_are_numbers(file):
+    file.write_text(
+        "base: x\nconstraints:\n"
+        "- {moment: {gender: female}, target: 1e-1}\n"
+        "- {moment: {length: words}, target: [1e1, 20]}\n",
+        encoding="utf-8",
+    )
+    config = RunConfig.load(file)
+    assert [c["target"] for c in config.constraints] == [0.1, [10.0, 20.0]]
+
+
+def test_mappings_may_be_merged(file):
+    file.write_text(
+        "base: x\nconstraints:\n- &a {moment: {gender: female}, target: 0.5}\n"
+        "- {<<: *a, moment: {gender: male}}\n",
+        encoding="utf-8",
+    )
+    assert RunConfig.load(file).constraints[1] == {"moment": {"gender": "male"}, "target": 0.5}
+
+
+def test_a_run_finds_its_files_from_any_folder(tmp_path, monkeypatch):
+    head = features.ClassifierHead(
+        torch.zeros(2, 4), torch.tensor([0.0, 1.0]), ("a", "b"), base="tiny-bios"
+    )
+    head.save_pretrained(tmp_path / "head")
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    classifier = {"classifier": {"head": "head", "label": "b"}}
+    moment = {"moment": {"gender": "female"}, "target": 0.5, "given": classifier}
+    config = RunConfig(base="model", constraints=[{"pointwise": classifier}, moment])
+    found = from_anywhere(config)
+    assert found.base == str(tmp_path / "model")
+    heads = [found.constraints[0]["pointwise"], found.constraints[1]["given"]]
+    assert {row["classifier"]["head"] for row in heads} == {str(tmp_path / "head")}
+    assert from_anywhere(RunConfig(base="gpt2", constraints=[FEMALE])).base == "gpt2"
 
 
 @pytest.mark.parametrize(("dtype", "wanted"), [(None, "float32"), ("bfloat16", "bfloat16")])

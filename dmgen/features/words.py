@@ -126,4 +126,4 @@ def _whole_words(words: Sequence[str], case_sensitive: bool) -> re.Pattern[str]:
 
 def _escape(text: str) -> str:
     """Return text as a pattern in which white space and apostrophes match every kind of theirs."""
-    return re.escape(text).replace(r"\ ", r"\s+").replace("'", "['’]")
+    return re.sub("['’]", "['’]", re.escape(text).replace(r"\ ", r"\s+"))

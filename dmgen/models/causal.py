@@ -168,7 +168,8 @@ class CausalLM:
         length = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         start = self._prompt_ids(prompt, length)
         u = uniforms(n, length, seed=seed, generator=generator)
-        size = _batch_size(batch_size, passes.texts_a_draw(self.model))
+        room = passes.texts_a_draw(self.model, len(start) + length, self.dtype)
+        size = _batch_size(batch_size, room)
         with torch.no_grad(), self._computing():
             eos = self.tokenizer.eos_token_id
             parts = [

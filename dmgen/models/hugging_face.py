@@ -117,7 +117,9 @@ def default_device() -> torch.device:
     """The GPU that a launcher gives this process, or the first one, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # A launcher may show each process one GPU alone.
+    rank = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    return torch.device("cuda", rank)
 
 
 # transformers' own annotations change from version to version.

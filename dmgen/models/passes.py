@@ -17,6 +17,8 @@ from dmgen.models.layers import is_hooked
 # stay in its cache; bytes of the logits in one that does.
 _PASS_TOKENS, _PASS_TOKENS_ON_CPU = 2**13, 2**11
 _LOGIT_BYTES = 2**27
+# Bytes of keys and values of all texts that are decoded side by side, on a CPU; the share of a GPU.
+_CACHE_BYTES, _CACHE_SHARE = 2**30, 1 / 4
 
 
 def check(model: Any, eos: int, dtype: torch.dtype) -> bool:
@@ -135,9 +137,27 @@ def score_states(model: Any, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Te
     return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found)
 
 
-def texts_a_draw(model: Any) -> int:
-    """Texts decoded side by side that there is memory for."""
-    return max(1, min(1024, _LOGIT_BYTES // (8 * _vocab_size(model))))
+def texts_a_draw(model: Any, length: int, dtype: torch.dtype) -> int:
+    """Texts of `length` tokens, prompt included, that there is memory to decode side by side."""
+    device = next(model.parameters()).device
+    room = _CACHE_BYTES
+    if device.type == "cuda":
+        room = int(_CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    by_logits = _LOGIT_BYTES // (8 * _vocab_size(model))
+    by_cache = room // max(1, length * cache_bytes(model, dtype))
+    return max(1, min(1024, by_logits, by_cache))
+
+
+def cache_bytes(model: Any, dtype: torch.dtype) -> int:
+    """Bytes of keys and values of a token, at most; 0 where the configuration does not tell."""
+    config = model.config.get_text_config()
+    try:
+        n_heads: int = config.num_attention_heads
+        head_width = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+        n_key_heads = getattr(config, "num_key_value_heads", None) or n_heads
+        return int(2 * config.num_hidden_layers * n_key_heads * head_width * dtype.itemsize)
+    except (AttributeError, TypeError, ZeroDivisionError):
+        return 0  # A model without such a cache, or with layers of several kinds.
 
 
 def texts_a_pass(model: Any, length: int, *, chunked: bool) -> int:

@@ -42,11 +42,10 @@ def certificate(record: RunRecord) -> list[Markup]:
         _answer(sentence, row, bases[row["metric"]], final["tolerance"])
         for sentence, row in zip(sentences, rows, strict=True)
     ]
-    n = max(row["n"] for row in rows)
     how_sure = (
-        f"Measured on {n:,} fresh texts of the policy, which it was not trained on. A 99 % "
-        "interval misses the true mean once in a hundred times; the verdict is “met” or “not met” "
-        "only if the whole interval says so."
+        f"Measured on {words.n_texts(final):,} fresh texts of the policy, which it was not trained "
+        "on. A 99 % interval misses the true mean once in a hundred times; the verdict is “met” or "
+        "“not met” only if the whole interval says so."
     )
     parts = [
         tag("h2", "What was asked, and what was reached"),

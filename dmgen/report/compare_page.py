@@ -88,7 +88,7 @@ def group_names(records: Sequence[RunRecord]) -> list[tuple[str, Any]]:
         name = ", ".join([record.method, *notes])
         seed = flat["trainer.seed"]
         # The same run twice, or seeds that differ elsewhere.
-        names.append((name, record.folder.name if (name, seed) in names else seed))
+        names.append((name, str(record.folder) if (name, seed) in names else seed))
     return names
 
 

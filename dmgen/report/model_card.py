@@ -42,14 +42,18 @@ def _card(record: RunRecord) -> str:
     tags = {"tags": ["dmgen", "distribution-matching", record.method]}
     front = yaml.safe_dump(head | tags | ({"base_model": config.base} if is_hub_id else {}))
     rows = [
-        f"| {asked} | {words.asked_in_numbers(row, final['tolerance'])} "
-        f"| {_base_mean(record, row)} | {words.number(as_score(row))} | {words.spread(row)} "
-        f"| {row['verdict']} |"
+        _row(
+            asked,
+            words.asked_in_numbers(row, final["tolerance"]),
+            _base_mean(record, row),
+            words.number(as_score(row)),
+            words.spread(row),
+            row["verdict"],
+        )
         for asked, row in zip(questions(record), policy_rows(final), strict=True)
     ]
     prices = [
-        f"| {p.title} | {p.symbol} | {words.number(p.score)} | {p.meaning} |"
-        for p in words.prices(final)
+        _row(p.title, p.symbol, words.number(p.score), p.meaning) for p in words.prices(final)
     ]
     base_name = config.base if is_hub_id else Path(config.base).name
     seeds = f"fit {config.fit.seed}, training {config.trainer.seed}, judging {final.get('seed')}"
@@ -70,7 +74,7 @@ def _card(record: RunRecord) -> str:
         "| --- | --- | --- | --- |",
         *prices,
         "",
-        f"Measured on {max(row['n'] for row in policy_rows(final)):,} fresh texts. a is the base, "
+        f"Measured on {words.n_texts(final):,} fresh texts. a is the base, "
         "π this policy, p the distribution closest to the base that meets the constraints exactly. "
         "± is one standard error.",
         "",
@@ -83,6 +87,11 @@ def _card(record: RunRecord) -> str:
         "`dmgen.run_config.load_published(folder)` rebuilds it",
         "",
     ])  # fmt: skip
+
+
+def _row(*cells: str) -> str:
+    """A line of a table; names such as "female | sports" would end their cells."""
+    return "| " + " | ".join(cell.replace("|", r"\|") for cell in cells) + " |"
 
 
 def _base_mean(record: RunRecord, row: dict[str, object]) -> str:

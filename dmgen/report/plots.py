@@ -87,7 +87,7 @@ def panel(
     height = 0.9 + 0.33 * rows if rows else 2.9
     figure = Figure(figsize=(4.5, height), layout="constrained")
     ax = figure.subplots()
-    ax.set_title(title, fontsize=10.5, loc="left")
+    ax.set_title(_literal(title), fontsize=10.5, loc="left")
     ax.set_xlabel(xlabel, fontsize=9.5)
     ax.tick_params(labelsize=9)
     ax.spines[["top", "right"]].set_visible(False)
@@ -186,7 +186,7 @@ def draw_intervals(
             color=colour, markersize=4.5, markeredgecolor="white", markeredgewidth=0.7,
             elinewidth=1.4, zorder=3,
         )  # fmt: skip
-    ax.set_yticks(range(len(methods)), [_wrapped(method) for method in methods])
+    ax.set_yticks(range(len(methods)), [_literal(_wrapped(method)) for method in methods])
     ax.set_ylim(len(methods) - 0.5, -0.5)
     ax.grid(visible=False, axis="y")
 
@@ -231,7 +231,8 @@ def finish(ax: Axes) -> None:
     handles, labels = ax.get_legend_handles_labels()
     unique = dict(zip(labels, handles, strict=True))
     if len(unique) > 1:
-        ax.legend(unique.values(), unique.keys(), fontsize=8.5, framealpha=0.75, borderpad=0.3)
+        names = [_literal(name) for name in unique]
+        ax.legend(unique.values(), names, fontsize=8.5, framealpha=0.75, borderpad=0.3)
 
 
 def to_data_uri(figure: Figure) -> str:
@@ -275,6 +276,11 @@ def _thin(table: pd.DataFrame) -> pd.DataFrame:
     """At most about a thousand rows, evenly spaced, the last one among them."""
     step = -(-len(table) // _MOST_POINTS)
     return table.iloc[::-1].iloc[:: max(step, 1)].iloc[::-1]
+
+
+def _literal(text: str) -> str:
+    """Text that matplotlib shows as it is: a pattern such as ^a$|^b$ would be read as mathtext."""
+    return text.replace("$", r"\$")
 
 
 def _wrapped(label: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,23 @@ def _training(curves: Curves, shown: dict[str, list[Any]]) -> list[Markup]:
     return parts
 
 
+def _fit_notes(record: RunRecord) -> list[str]:
+    """What a reader of the table of the fit must know who knows the answers above it."""
+    notes = []
+    asked = record.target["constraints"]
+    if any("pointwise" in row or math.isinf(float(row["lambda"])) for row in asked):
+        notes.append(
+            "Means under the base, and numbers of texts, are of those texts that satisfy what is "
+            "asked of every text."
+        )
+    if record.config is not None and any("given" in c for c in record.config.constraints):
+        notes.append(
+            "A moment of the texts that meet a condition stands here as the mean, over all texts, "
+            "of condition · (feature − asked), which is to be 0."
+        )
+    return notes
+
+
 def _fit(record: RunRecord) -> list[Markup]:
     """How λ was found."""
     fit = record.target.get("moment_fit")
@@ -166,6 +184,7 @@ def _fit(record: RunRecord) -> list[Markup]:
             "mean when weighted",
         ]
         parts.append(table(head, rows))
+        parts += [tag("p", note, class_="quiet") for note in _fit_notes(record)]
     log_z = Score(fit["log_z"], fit["log_z_stderr"], n)
     least = Score(fit["kl_target_base"], fit["kl_target_base_stderr"], n)
     parts.append(

@@ -131,6 +131,13 @@ def number(found: Score) -> str:
     return str(found) if math.isfinite(found.value) else "not finite"
 
 
+def n_texts(evaluation: Row) -> int:
+    """How many texts of the policy were drawn; a condition leaves fewer to a moment."""
+    rows = [row for row in evaluation["rows"] if row["metric"] == "kl_policy_base"]
+    rows = rows or [row for row in evaluation["rows"] if row["model"] == "policy"]
+    return max(int(row["n"]) for row in rows)
+
+
 def spread(row: Row) -> str:
     """The 99 % interval of a row of an evaluation."""
     return span(*interval(row))

@@ -116,6 +116,12 @@ class TrainerConfig:
             f"step_kl must be positive and finite, got {self.step_kl}",
         )
         _need(0 <= self.base_share < 1, f"base_share must lie in [0, 1), got {self.base_share}")
+        n_base = round(self.base_share * self.batch_size)
+        _need(
+            not self.base_share or 0 < n_base < self.batch_size,
+            f"base_share {self.base_share} of a batch of {self.batch_size} is {n_base} texts: it "
+            "must be some of them, and not all",
+        )
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),

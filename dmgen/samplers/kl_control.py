@@ -181,7 +181,7 @@ class KLControl(Reinforce):
     def _step(self) -> dict[str, Any]:
         row = super()._step()
         own = self._drawn()
-        kl = float(self._gather((own.log_old - own.log_base).sum(-1))[0].mean())
+        kl = float(self.processes.gather((own.log_old - own.log_base).sum(-1)).mean())
         row |= {"kl_coefficient": self.kl_coefficient, "kl_policy_base": kl}
         if self.kl_target is not None:
             self._coefficient.fill_(
@@ -245,7 +245,7 @@ class KLControl(Reinforce):
         )
         advantage = gae(rewards, own.values, self.gamma, self.gae_lambda)  # (n, T)
         returns = advantage + own.values
-        of_all, seen = self._gather(advantage, own.mask.double())  # (N, T)
+        of_all, seen = (self.processes.gather(x) for x in (advantage, own.mask.double()))  # (N, T)
         white, n_tokens = whiten(of_all, seen.bool())[mine], float(seen.sum())
         self.optimizer.zero_grad(set_to_none=True)
         for part in torch.split(torch.arange(len(samples)), self._micro_batch(samples)):

@@ -67,6 +67,12 @@ class Processes:
         distributed.all_gather(parts, own.detach().contiguous().to(device))
         return torch.cat(parts).to(own.device)
 
+    def agree(self, own: Tensor) -> bool:
+        """Whether all processes hold the same numbers."""
+        if not own.numel():
+            return True
+        return bool((self.gather(own).view(self.count, *own.shape) == own).all())
+
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replaces each gradient by its sum over all processes."""
         if self.count == 1:

@@ -53,15 +53,19 @@ def _skip(n: int, length: int, generator: torch.Generator) -> None:
 
 
 def draw_mixture(
-    drawn: Sequence[tuple[LanguageModel, Samples]], base: LanguageModel, share: float
+    drawn: Sequence[tuple[LanguageModel, Samples]],
+    base: LanguageModel,
+    q: LanguageModel,
+    share: float,
 ) -> tuple[Samples, Tensor, Tensor]:
     """The texts drawn from q and from the base as one batch from `(1 − share)·q + share·a`.
+
+    Of several processes one can have texts of the base alone; they are of the mixture all the same.
 
     Returns:
         The samples, whose `log_prob` is that of the mixture; log a and log q, `(N,)`.
     """
     log_base = torch.cat([s.log_prob if m is base else base.log_prob(s) for m, s in drawn])
-    q = next((m for m, _ in drawn if m is not base), base)
     log_q = torch.cat([s.log_prob if m is q else q.log_prob(s) for m, s in drawn])
     log_mixture = torch.logaddexp(log_q + math.log1p(-share), log_base + math.log(share))
     return replace(Samples.cat([s for _, s in drawn]), log_prob=log_mixture), log_base, log_q

@@ -49,7 +49,7 @@ class Trainer:
 
     Raises:
         ValueError: the policy has nothing to train, or is the target's own base; a setting does
-            not go with the method or the number of processes.
+            not go with the method or the number of processes; processes have different λ.
     """
 
     method: ClassVar[str]
@@ -73,9 +73,15 @@ class Trainer:
             raise ValueError("the policy has no trainable weights: use policy = base.copy()")
         if self.proposal_rule == "policy" and proposal is not None:
             raise ValueError('proposal_rule "policy" draws from the policy: give no proposal')
-        self.proposal: Any = proposal or (policy if self.proposal_rule == "policy" else target.base)
+        # What texts are drawn from at first; it may be the caller's own, and is never changed.
+        self.first_proposal: Any = proposal or (
+            policy if self.proposal_rule == "policy" else target.base
+        )
+        self.proposal: Any = self.first_proposal
         self.processes = Processes.here()
         self.rows = self.processes.rows(config.batch_size)
+        if not self.processes.agree(target.lambdas):
+            raise ValueError("the processes have targets of different λ: give EBM.fit a seed")
         self.optimizer = _optimizer(config, self.parameters)
         self.generator = stream("train", config.seed)
         self.step = 0
@@ -131,7 +137,7 @@ class Trainer:
                 bar.update()
         finally:
             bar.close()
-        if folder is not None:
+        if folder is not None and self.step:
             checkpoint.save(self, folder)
         self.processes.wait()
         self.average.show()
@@ -140,8 +146,11 @@ class Trainer:
     def resume(self, run_folder: str | Path) -> None:
         """Fills this sampler and its policy, in place, from the last checkpoint of a run.
 
+        The policy is then what `train` left: with averaged weights, if they are kept.
+
         Raises:
-            ValueError: there is no checkpoint, or it belongs to another method or target.
+            ValueError: there is no checkpoint, or it belongs to another run: method, divergence,
+                target, optimizer, proposal, seed or policy.
         """
         checkpoint.load(self, Path(run_folder))
 
@@ -151,27 +160,29 @@ class Trainer:
         samples, log_base, log_policy = self._draw()
         # log q is what was recorded while drawing; it is never computed again.
         own_log_score = self.target.log_score(samples, base_log_prob=log_base)
-        log_q, log_score = self._gather(samples.log_prob, own_log_score)
+        gather = self.processes.gather  # from this process's texts to those of all, (N,)
+        log_q, log_score = gather(samples.log_prob), gather(own_log_score)
         log_w = log_score - log_q
         # The batch's own weights would bias its gradient, so it counts for Z from the next step
         # on, unless nothing else is known.
         z = self.z if self.z.n_hits else self.z.add(log_w)
         if not self._from_fit():  # the pool began with the texts of the fit: they are counted
             self.z, self.z_round = self.z.add(log_w), self.z_round.add(log_w)
-        values = {k: self._gather(v)[0] for k, v in self.target.values(samples).items()}
-        known = None if log_policy is None else self._gather(log_policy)[0]
+        values = {k: gather(v) for k, v in self.target.values(samples).items()}
+        known = None if log_policy is None else gather(log_policy)
         extra: dict[str, float] = {}
         if z.n_hits:
             reward = self.reward(values, log_score)
+            before = self._measured(samples)
             log_policy, a = self._backward(samples, log_q, log_score, known, reward, z.log_z)
             extra = self._diagnose(samples, a)
             self._update()
             for _ in range(self.config.reuse - 1):
                 self._backward(samples, log_q, log_score, None, reward, z.log_z)
                 self._update()
-            extra["step_kl"] = self._follow_kl(samples, log_q, log_policy)
+            extra["step_kl"] = self._follow_kl(log_q, before, self._measured(samples))
         else:
-            log_policy = self._gather(self.policy.log_prob(samples))[0] if known is None else known
+            log_policy = gather(self.policy.log_prob(samples)) if known is None else known
             a = torch.zeros_like(log_w)
         self.step += 1
         self.n_drawn += self.config.batch_size
@@ -186,10 +197,6 @@ class Trainer:
     def reward(self, values: dict[str, Tensor], log_score: Tensor) -> Tensor | None:
         """What a reward-maximising method pays for each text, `(N,)`; None for the others."""
         return None
-
-    def _gather(self, *own: Tensor) -> list[Tensor]:
-        """Each column of this process's texts, `(n,)`, for the texts of all processes, `(N,)`."""
-        return [self.processes.gather(x) for x in own]
 
     def _from_fit(self) -> bool:
         """Whether this step's texts are some of those that λ was fitted on."""
@@ -214,7 +221,7 @@ class Trainer:
             generator=self.generator,
         )
         if n_base:
-            samples, log_base, log_q = draw_mixture(drawn, base, n_base / size)
+            samples, log_base, log_q = draw_mixture(drawn, base, self.proposal, n_base / size)
             return samples, log_base, log_q if self.proposal is self.policy else None
         samples = drawn[0][1]
         log_base = samples.log_prob if self.proposal is base else None
@@ -238,7 +245,7 @@ class Trainer:
         config, n = self.config, len(log_q)
         blind = needs_policy(self.method, config.baseline) and log_policy is None
         if blind and (config.backward_size or needs_whole_batch(self.method, config.baseline)):
-            log_policy, blind = self._gather(self.policy.log_prob(samples))[0], False
+            log_policy, blind = self.processes.gather(self.policy.log_prob(samples)), False
         seen = torch.zeros_like(log_q) if log_policy is None else log_policy
 
         def weigh(rows: Tensor) -> Tensor:
@@ -311,19 +318,29 @@ class Trainer:
         self.optimizer.step()
         self.average.update(self.step)
 
-    def _follow_kl(self, samples: Samples, log_q: Tensor, before: Tensor) -> float:
+    def _measured(self, samples: Samples) -> Tensor | None:
+        """log π of the texts on which learning_rate "auto" measures the KL of a step, `(n,)`.
+
+        By one and the same pass before and after the step: in half precision what was recorded
+        while drawing differs from it by more than a small step does.
+        """
+        if self.config.learning_rate != "auto":
+            return None
+        n = max(2, _N_MEASURED // self.processes.count)
+        log_policy: Tensor = self.policy.log_prob(samples[:n])
+        return log_policy
+
+    def _follow_kl(self, log_q: Tensor, before: Tensor | None, after: Tensor | None) -> float:
         """With learning_rate "auto", measures KL(π before‖π after) and sets the next rate by it.
 
         The KL of a small step grows with the square of its size.
         """
-        if self.config.learning_rate != "auto":
+        if before is None or after is None:
             return math.nan
-        n = min(len(samples), max(2, _N_MEASURED // self.processes.count))
-        rows = slice(self.rows.start, self.rows.start + n)
-        after = self.policy.log_prob(samples[:n])
-        log_ratio = after - before[rows]
+        log_ratio = after - before
         # Each term is positive, unlike those of the plain mean of −log_ratio.
-        terms = torch.exp(before[rows] - log_q[rows]) * (torch.expm1(log_ratio) - log_ratio)
+        weights = torch.exp(before - log_q[self.rows.start :][: len(before)])
+        terms = weights * (torch.expm1(log_ratio) - log_ratio)
         moved_by = float(self.processes.gather(terms).mean())
         wanted = self.config.step_kl * self.config.share_at(self.step) ** 2
         factor = math.sqrt(wanted / moved_by) if moved_by > 0 else _FASTEST
@@ -344,9 +361,10 @@ class Trainer:
         log_w, log_ratio = torch.cat(self.since_change, dim=1)
         if not is_closer(self.proposal_rule, log_w, log_ratio, self.z.log_z):
             return False
-        if self.proposal is self.target.base:
+        if self.proposal is self.first_proposal:
             self.proposal = self.policy.copy()
-        self.proposal.load_state_dict(self.policy.state_dict())
+        else:
+            self.proposal.load_state_dict(self.policy.state_dict())
         self.since_change.clear()
         return True
 

@@ -96,6 +96,7 @@ class TestWordlist:
     def test_both_apostrophes(self):
         f = features.wordlist(["knight's cross"], name="f")
         assert f(["the Knight's Cross", "the Knight’s Cross"]).tolist() == [1, 1]
+        assert features.word("Knight’s")(["the Knight's", "the Knight’s"]).tolist() == [1, 1]
 
     def test_case_sensitive(self):
         f = features.wordlist(["US", "Apple"], name="f", case_sensitive=True)

@@ -634,10 +634,13 @@ def recorded_law_is_the_law_of_the_draw(lm, exact):
 
 def test_each_process_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert default_device() == torch.device("cuda:0")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert default_device() == torch.device("cuda:1")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert default_device() == torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert default_device() == torch.device("cpu")
 

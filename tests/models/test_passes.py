@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from dmgen.models import CausalLM, Samples, passes
+from dmgen.models.hugging_face import roomy_cache
 
 SIZES = {
     "hidden_size": 16,
@@ -69,6 +70,31 @@ OTHER = {
         GraniteConfig(vocab_size=v, **SIZES, logits_scaling=1.25)
     ),
 }
+
+
+@pytest.mark.parametrize("make", [tiny_gpt2, tiny_llama])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_of_decoding_counts_keys_and_values(make, dtype, monkeypatch):
+    lm = make(dtype)
+    cache = roomy_cache(lm.model.config, 7)
+    with torch.no_grad(), lm._computing():
+        past = {passes._cache_argument(lm.model): cache}
+        lm.model(torch.zeros(5, 2, dtype=torch.long), **past, use_cache=True)
+    held = sum(x.key_buffer.nbytes + x.value_buffer.nbytes for x in cache.layers)
+    assert held == 5 * 7 * passes.cache_bytes(lm.model, dtype)
+    # Room for five such texts, and for no text of ten times the length, of which one is decoded.
+    monkeypatch.setattr(passes, "_CACHE_BYTES", held)
+    assert passes.texts_a_draw(lm.model, 7, dtype) == 5
+    assert passes.texts_a_draw(lm.model, 70, dtype) == 1
+    assert len(lm.sample(12, seed=0)) == 12
+
+
+def test_a_model_that_names_no_heads_has_no_bound_by_its_cache():
+    lm = tiny_gpt2()
+    config = type("Config", (), {"get_text_config": lambda self: self, "vocab_size": 4})()
+    model = type("Model", (), {"config": config, "parameters": lm.model.parameters})()
+    assert passes.cache_bytes(model, torch.float32) == 0
+    assert passes.texts_a_draw(model, 10**9, torch.float32) == 1024
 
 
 def lm_of(make, *, scale, length=5, **options):

@@ -6,7 +6,9 @@ import pytest
 import torch
 import yaml
 
+from dmgen import runs
 from dmgen.report import write_model_card
+from dmgen.report.model_card import _row
 from dmgen.run_config import load_published
 
 
@@ -47,6 +49,21 @@ def test_the_target_computes_in_the_precision_of_the_run(make_run):
     facts["config"]["dtype"] = "bfloat16"
     path.write_text(json.dumps(facts), encoding="utf-8")
     assert load_published(folder / "policy").base.dtype == torch.bfloat16
+
+
+def test_names_with_a_bar_keep_to_their_cells():
+    assert _row("female | sports", "met") == r"| female \| sports | met |"
+
+
+def test_the_number_of_texts_is_not_that_of_a_condition(make_run):
+    folder = make_run("run")
+    (row,) = runs.read_rows(folder / "evaluations.jsonl")
+    for score in row["rows"]:
+        score["n"] = 2048
+        if "verdict" in score:
+            score["n"] = 130
+    runs.write_rows(folder / "evaluations.jsonl", [row])
+    assert "Measured on 2,048 fresh texts" in write_model_card(folder).read_text(encoding="utf-8")
 
 
 def test_a_run_without_a_policy_has_no_card(make_run):

@@ -1,13 +1,16 @@
 """The pages: self-contained, safe with any text, and the numbers of the result files."""
 
+import json
 import re
 from xml.etree import ElementTree
 
 import pytest
 
-from dmgen.report import write_comparison, write_report
+from dmgen import runs
+from dmgen.report import plots, write_comparison, write_report
 from dmgen.report.compare_page import group_names
 from dmgen.report.read import RunRecord
+from dmgen.run_config import RunConfig
 
 pytest.importorskip("matplotlib")
 
@@ -114,6 +117,37 @@ def test_settings_that_differ_are_in_the_name(make_run):
         "GDC++, learning_rate=0.0002",
     ]
     assert len(set(names)) == 3  # the same run twice is told apart by its folder
+    alike = [make_run(name) for name in ("a/run", "b/run", "c/run")]
+    assert len(set(group_names([RunRecord.read(f) for f in alike]))) == 3
+
+
+def test_names_are_shown_as_they_are():
+    """A pattern with two dollar signs is no formula."""
+    pattern = r"^\d+$|^\w+$"
+    figure, ax = plots.panel(f"Mean of {pattern}")
+    for i, label in enumerate((pattern, "$5 to $9")):
+        plots.draw_level(ax, i, label)
+    plots.finish(ax)
+    assert plots.to_data_uri(figure).startswith("data:image/svg+xml")
+    assert ax.get_title(loc="left") == r"Mean of ^\d+\$|^\w+\$"
+
+
+def test_a_condition_and_a_hard_constraint_are_explained(make_run):
+    folder = make_run("run")
+    plain = words_of(parsed(write_report(folder)[0])[0])
+    assert "asked of every text" not in plain
+    assert "meet a condition" not in plain
+    target = json.loads((folder / "target.json").read_text(encoding="utf-8"))
+    target["constraints"].append({"pointwise": "sports"})
+    runs.write_json(folder / "target.json", target)
+    config = RunConfig.load(folder / "config.yaml").to_mapping()
+    config["constraints"] = [
+        {"moment": {"gender": "female"}, "target": 0.5, "given": {"wordlist": "music"}}
+    ]
+    runs.write_config(folder, config)
+    said = words_of(parsed(write_report(folder)[0])[0])
+    assert "are of those texts that satisfy what is asked of every text" in said
+    assert "condition · (feature − asked), which is to be 0" in said
 
 
 def test_a_comparison_takes_two(make_run, tmp_path):

@@ -27,7 +27,7 @@ SCRIPT = textwrap.dedent(
     for name, method, settings in (
         ("off-policy", dmgen.GDCpp, {"proposal_every": 4}),
         ("subset", dmgen.DPG, {"backward_size": 20, "average_decay": 0.9}),
-        ("mixture", dmgen.GDCpp, {"base_share": 0.3, "reuse": 2, "proposal_rule": "policy"}),
+        ("mixture", dmgen.GDCpp, {"base_share": 0.5, "reuse": 2, "proposal_rule": "policy"}),
         ("auto", dmgen.GDCpp, {"learning_rate": "auto", "baseline": "optimal"}),
         ("fit", dmgen.VarGrad, {"first_batches_from_fit": True}),
     ):
@@ -40,7 +40,13 @@ SCRIPT = textwrap.dedent(
             "logits": sampler.policy.logits.flatten().tolist(),
             "history": history.drop(columns="seconds").to_dict("list"),
         }
-    (out / f"rank-{sampler.processes.rank}.json").write_text(json.dumps(found))
+    rank = sampler.processes.rank
+    (out / f"rank-{rank}.json").write_text(json.dumps(found))
+    different = dmgen.EBM(base, [dmgen.Moment(has_ab, 0.5)], [1.0 + rank])
+    try:
+        dmgen.GDC(base.copy(), different, config)
+    except ValueError as error:
+        (out / f"refused-{rank}.txt").write_text(str(error))
     """
 )
 
@@ -95,6 +101,10 @@ def test_two_processes_are_one_with_the_same_batch(tmp_path):
             torch.testing.assert_close(theirs, mine, rtol=0, atol=1e-8)
         rows = (tmp_path / "two" / name / "metrics.jsonl").read_text().splitlines()
         assert len(rows) == 12  # one process writes
+    assert not list((tmp_path / "one").glob("refused-*"))
+    for rank in (0, 1):
+        refused = (tmp_path / "two" / f"refused-{rank}.txt").read_text()
+        assert "give EBM.fit a seed" in refused
     shutil.rmtree(tmp_path / "two")
 
 
