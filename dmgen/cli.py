@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from dmgen.cli_run import (
 )
 from dmgen.cli_run import run as run_all
 from dmgen.run_config import EvaluateConfig, FitConfig, RunConfig, from_anywhere, load_target
+from dmgen.samplers.processes import n_launched
 
 # Everything that `dmgen demo` sets, and what its config.yaml will say.
 DEMO = RunConfig(
@@ -103,10 +103,9 @@ def _begin(
 
     Start with `dmgen demo`: it debiases a small embedded model in a few minutes, offline.
     """
-    n_processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if n_processes > 1:
+    if n_launched() > 1:
         raise ValueError(
-            f"dmgen works in one process, and a launcher started it in {n_processes} processes: "
+            f"dmgen works in one process, and a launcher started it in {n_launched()} processes: "
             "to train in several, use dmgen's samplers in a script"
         )
     # A console without Greek letters shows "?" for them, and does not end the run.

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from dmgen import runs
+from dmgen import EBM, Moment, feature, runs
 from dmgen.models import CausalLM, TabularLM
 from dmgen.run_config import RunConfig
 from dmgen.samplers.config import TrainerConfig
@@ -28,6 +28,19 @@ from dmgen.samplers.config import TrainerConfig
 def world() -> TabularLM:
     """Texts over "abc" of at most 4 tokens that end with ".", far from uniform."""
     return TabularLM.random("abc.", 4, eos=".", scale=1.0, seed=0)
+
+
+@pytest.fixture(scope="module")
+def base() -> TabularLM:
+    """What the samplers' tests train from: all 1 to 4 letters of "abc", ended by "."."""
+    return TabularLM.random("abc.", 4, eos=".", seed=1)
+
+
+@pytest.fixture(scope="module")
+def target(base: TabularLM) -> EBM:
+    """Half of the texts hold "ab", which few of the base's do."""
+    has_ab = feature(lambda text: "ab" in text, name="ab")
+    return EBM.fit(base, [Moment(has_ab, 0.5)], n_samples=4000, seed=0)
 
 
 def as_table(world: TabularLM, log_prob: torch.Tensor) -> TabularLM:

@@ -133,9 +133,7 @@ def number(found: Score) -> str:
 
 def n_texts(evaluation: Row) -> int:
     """How many texts of the policy were drawn; a condition leaves fewer to a moment."""
-    rows = [row for row in evaluation["rows"] if row["metric"] == "kl_policy_base"]
-    rows = rows or [row for row in evaluation["rows"] if row["model"] == "policy"]
-    return max(int(row["n"]) for row in rows)
+    return max(int(row["n"]) for row in evaluation["rows"] if row["model"] == "policy")
 
 
 def spread(row: Row) -> str:

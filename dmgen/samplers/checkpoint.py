@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -58,31 +58,7 @@ def load(sampler: Trainer, folder: Path) -> None:
             optimizer, proposal rule, seed, proposal or policy; the sampler is as it was.
     """
     tensors, facts = runs.load_checkpoint(folder)
-    settings = facts["config"]
-    given = _has_own_proposal(sampler)
-    if facts.get("own_proposal", given) != given:
-        had, has = ("had", "has not") if facts["own_proposal"] else ("had no", "has one")
-        raise ValueError(
-            f"the run in {folder} {had} proposal= and this sampler {has}: make it as it was made"
-        )
-    theirs = {key: facts[key] for key in ("sampler", "divergence", "target")} | {
-        "optimizer": settings["optimizer"],
-        "proposal_rule": settings["proposal_rule"] or sampler.default_proposal_rule,
-        "seed": settings["seed"],
-    }
-    mine = {
-        "sampler": type(sampler).__name__,
-        "divergence": sampler.divergence,
-        "target": sampler.target.to_dict(),
-        "optimizer": sampler.config.optimizer,
-        "proposal_rule": sampler.proposal_rule,
-        "seed": sampler.config.seed,
-    }
-    for key, wanted in mine.items():
-        if theirs[key] != json.loads(json.dumps(wanted)):
-            raise ValueError(
-                f"the checkpoint in {folder} has another {key}: {theirs[key]}, not {wanted}"
-            )
+    _refuse_other_run(sampler, facts, folder)
     groups = _by_prefix(tensors)
     own = groups.get("own", {})
     if own.keys() != sampler.own_state.keys():
@@ -128,6 +104,34 @@ def load(sampler: Trainer, folder: Path) -> None:
 def _device(sampler: Trainer) -> str:
     """Where the policy computes."""
     return str(sampler.parameters[0].device.type)
+
+
+def _refuse_other_run(sampler: Trainer, facts: dict[str, Any], folder: Path) -> None:
+    settings = facts["config"]
+    given = _has_own_proposal(sampler)
+    if facts.get("own_proposal", given) != given:
+        had, has = ("had", "has not") if facts["own_proposal"] else ("had no", "has one")
+        raise ValueError(
+            f"the run in {folder} {had} proposal= and this sampler {has}: make it as it was made"
+        )
+    theirs = {key: facts[key] for key in ("sampler", "divergence", "target")} | {
+        "optimizer": settings["optimizer"],
+        "proposal_rule": settings["proposal_rule"] or sampler.default_proposal_rule,
+        "seed": settings["seed"],
+    }
+    mine = {
+        "sampler": type(sampler).__name__,
+        "divergence": sampler.divergence,
+        "target": sampler.target.to_dict(),
+        "optimizer": sampler.config.optimizer,
+        "proposal_rule": sampler.proposal_rule,
+        "seed": sampler.config.seed,
+    }
+    for key, wanted in mine.items():
+        if theirs[key] != json.loads(json.dumps(wanted)):
+            raise ValueError(
+                f"the checkpoint in {folder} has another {key}: {theirs[key]}, not {wanted}"
+            )
 
 
 def _has_own_proposal(sampler: Trainer) -> bool:

@@ -34,7 +34,7 @@ class Processes:
     @classmethod
     def here(cls) -> Processes:
         """What the launcher's environment says; a single process without a launcher."""
-        if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if n_launched() == 1:
             return cls()
         state = _state()
         return cls(state.process_index, state.num_processes)
@@ -89,6 +89,11 @@ class Processes:
         """Returns when all processes have come here."""
         if self.count > 1:
             _state().wait_for_everyone()
+
+
+def n_launched() -> int:
+    """How many processes a launcher has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _state() -> PartialState:

@@ -7,17 +7,6 @@ import dmgen
 from dmgen.samplers import memory
 
 
-@pytest.fixture(scope="module")
-def base():
-    return dmgen.TabularLM.random("abc.", 4, eos=".", seed=1)
-
-
-@pytest.fixture(scope="module")
-def target(base):
-    has_ab = dmgen.feature(lambda text: "ab" in text, name="ab")
-    return dmgen.EBM.fit(base, [dmgen.Moment(has_ab, 0.5)], n_samples=4000, seed=0)
-
-
 def config(**settings):
     defaults = {"batch_size": 256, "learning_rate": 0.05, "seed": 3, "proposal_every": 4}
     return dmgen.TrainerConfig(**(defaults | settings))

@@ -6,17 +6,6 @@ import torch
 import dmgen
 
 
-@pytest.fixture(scope="module")
-def base():
-    return dmgen.TabularLM.random("abc.", 4, eos=".", seed=1)
-
-
-@pytest.fixture(scope="module")
-def target(base):
-    has_ab = dmgen.feature(lambda text: "ab" in text, name="ab")
-    return dmgen.EBM.fit(base, [dmgen.Moment(has_ab, 0.5)], n_samples=4000, seed=0)
-
-
 @pytest.mark.parametrize("rule", ["policy", "kl"])
 @pytest.mark.parametrize("rows", [range(128), range(64), range(128, 256), range(96, 160)])
 def test_a_share_of_the_batch_is_of_the_mixture(base, target, rule, rows):

@@ -18,17 +18,6 @@ METHODS = [*MATCHING, dmgen.Reinforce, dmgen.ReinforceP]
 
 
 @pytest.fixture(scope="module")
-def base():
-    return dmgen.TabularLM.random("abc.", 4, eos=".", seed=1)
-
-
-@pytest.fixture(scope="module")
-def target(base):
-    has_ab = dmgen.feature(lambda text: "ab" in text, name="ab")
-    return dmgen.EBM.fit(base, [dmgen.Moment(has_ab, 0.5)], n_samples=4000, seed=0)
-
-
-@pytest.fixture(scope="module")
 def pointwise(base):
     has_ab = dmgen.feature(lambda text: "ab" in text, name="ab")
     return dmgen.EBM(base, [dmgen.Pointwise(has_ab)])
