@@ -10,6 +10,7 @@ numbers and take the same step.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -97,5 +98,11 @@ def n_launched() -> int:
 
 
 def _state() -> PartialState:
+    ours = not distributed.is_initialized()
     # Without being told, accelerate sees no processes on a machine without a GPU.
-    return PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=not torch.cuda.is_available())
+    # A thread of gloo's that lets go of its last tensor while the interpreter ends aborts the
+    # process, after all work is done. (NCCL's would wait for processes that may have failed.)
+    if ours and state.backend == "gloo":
+        atexit.register(state.destroy_process_group)
+    return state

@@ -17,7 +17,12 @@ from dmgen.samplers.proposal import draw_rows
 
 SCRIPT = textwrap.dedent(
     """
-    import json, pathlib, sys, torch, dmgen
+    import atexit, json, pathlib, sys, torch, dmgen
+
+    @atexit.register  # before dmgen's own, so that it runs after it
+    def say_what_is_left():
+        (out / f"left-{rank}.txt").write_text(str(torch.distributed.is_initialized()))
+
     torch.set_num_threads(1)
     base = dmgen.TabularLM.random("abc.", 4, eos=".", seed=1)
     has_ab = dmgen.feature(lambda text: "ab" in text, name="ab")
@@ -105,6 +110,8 @@ def test_two_processes_are_one_with_the_same_batch(tmp_path):
     for rank in (0, 1):
         refused = (tmp_path / "two" / f"refused-{rank}.txt").read_text()
         assert "give EBM.fit a seed" in refused
+        # Threads of a group that is left may abort a process that has ended well.
+        assert (tmp_path / "two" / f"left-{rank}.txt").read_text() == "False"
     shutil.rmtree(tmp_path / "two")
 
 
