@@ -17,6 +17,10 @@ from dmgen.models.layers import is_hooked
 # stay in its cache; bytes of the logits in one that does.
 _PASS_TOKENS, _PASS_TOKENS_ON_CPU = 2**13, 2**11
 _LOGIT_BYTES = 2**27
+# Rows of matrix products come in multiples of so many. Of each shape that it meets, a library may
+# keep code of its own (oneDNN in half precision: a third of a MiB), so that shapes that depend on
+# the texts cost memory for as long as a run goes on.
+_ROWS = 16
 # Bytes of keys and values of all texts that are decoded side by side, on a CPU; the share of a GPU.
 _CACHE_BYTES, _CACHE_SHARE = 2**30, 1 / 4
 
@@ -92,11 +96,13 @@ def decode(model: Any, start: Tensor, u: Tensor, eos: int) -> tuple[Tensor, Tens
         tokens[alive, t] = drawn
         log_prob[alive] += torch.where(going, drawn_log_prob, 0.0)
         going = drawn != eos
-        # Dropping finished rows copies the cache, so wait until an eighth of them is finished.
-        if t + 1 < length and int(going.sum()) <= 0.875 * len(alive):
-            kept = going.nonzero().squeeze(-1)
-            if len(kept) == 0:
-                break
+        n_going = int(going.sum())
+        if n_going == 0:
+            break
+        # Dropping finished rows copies the cache, so wait until an eighth of them can go.
+        n_kept = _rounded_up(n_going)
+        if t + 1 < length and n_kept <= 0.875 * len(alive):
+            kept = going.argsort(descending=True, stable=True)[:n_kept]
             cache.reorder_cache(kept)
             alive, drawn, going = alive[kept], drawn[kept], going[kept]
         inputs = drawn.unsqueeze(-1)
@@ -133,8 +139,13 @@ def score(model: Any, start: Tensor, tokens: Tensor, mask: Tensor, *, chunked: b
 def score_states(model: Any, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
     """`score` from the states before each token, `(n, t, D)`, through the output layer alone."""
     head = model.get_output_embeddings()
-    found = chosen_log_prob(hidden[mask], head.weight, head.bias, tokens[mask])
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found)
+    rows = mask.flatten().nonzero().squeeze(-1)
+    n = len(rows)
+    rows = torch.nn.functional.pad(rows, (0, _rounded_up(n) - n))
+    found = chosen_log_prob(
+        hidden.flatten(0, 1)[rows], head.weight, head.bias, tokens.flatten()[rows]
+    )
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found[:n])
 
 
 def texts_a_draw(model: Any, length: int, dtype: torch.dtype) -> int:
@@ -164,7 +175,8 @@ def texts_a_pass(model: Any, length: int, *, chunked: bool) -> int:
     """Texts of `length` tokens that one forward pass has memory for."""
     if chunked and linear_head(model) is not None:
         on_cpu = next(model.parameters()).device.type == "cpu"
-        return max(1, (_PASS_TOKENS_ON_CPU if on_cpu else _PASS_TOKENS) // length)
+        n = max(1, (_PASS_TOKENS_ON_CPU if on_cpu else _PASS_TOKENS) // length)
+        return n if n < _ROWS else n - n % _ROWS
     return max(1, _LOGIT_BYTES // (4 * _vocab_size(model) * length))
 
 
@@ -226,6 +238,10 @@ def _cache_argument(model: Any) -> str:
             if name in known:
                 return name
     return "past_key_values"
+
+
+def _rounded_up(n: int) -> int:
+    return -(-n // _ROWS) * _ROWS
 
 
 def _vocab_size(model: Any) -> int:

@@ -284,7 +284,8 @@ class TestCost:
         """The shapes `(n, L + T - 1)` of the forward passes."""
         shapes = []
         handle = lm.model.base_model.register_forward_pre_hook(
-            lambda module, args: shapes.append(tuple(args[0].shape))
+            lambda module, args, named: shapes.append(tuple((*args, *named.values())[0].shape)),
+            with_kwargs=True,
         )
         call()
         handle.remove()
@@ -313,8 +314,28 @@ class TestCost:
         monkeypatch.setattr(
             passes, "chosen_log_prob", lambda h, *rest: rows.append(len(h)) or real(h, *rest)
         )
-        lm.log_prob(self.texts(1, 5, 1, 4, 2))
-        assert rows == [13]
+        lm.log_prob(self.texts(*[1] * 30, *[5] * 3))
+        assert rows == [48]  # the next multiple of 16 after 30 + 15, not 33 * 5
+
+    def test_no_shape_depends_on_how_long_the_texts_are(self, monkeypatch):
+        """A library keeps code for every shape of a product that it meets."""
+        lm = lm_of(tied_llama, scale=0.3, length=12)
+        monkeypatch.setattr(passes, "_PASS_TOKENS_ON_CPU", 400)
+        n_states, real = set(), passes.chosen_log_prob
+        monkeypatch.setattr(
+            passes, "chosen_log_prob", lambda h, *rest: n_states.add(len(h)) or real(h, *rest)
+        )
+
+        def run():
+            samples = [lm.sample(128, seed=seed) for seed in range(10)]
+            counts = {int(s.mask.sum()) for s in samples}
+            assert len(counts) > 5
+            for s in samples:
+                lm.log_prob(s)
+
+        n_rows = {n for n, _ in self.widths(lm, run)}
+        assert all(n % 16 == 0 for n in n_rows | n_states)
+        assert {16, 32, 64} < n_rows  # finished texts are dropped, if by sixteens
 
     @pytest.mark.parametrize("chunked", [True, False])
     def test_the_logits_of_all_positions_are_never_held(self, chunked, monkeypatch):
