@@ -83,7 +83,7 @@ def fit_target(config: RunConfig, base: dmgen.CausalLM, *, show: bool = True) ->
     """Fits λ, and shows how."""
     if show:
         typer.echo(f"Fitting λ on {config.fit.n_samples:,} texts of the base ...")
-    target = dmgen.EBM.fit(base, config.build_constraints(), **fit_draw(config))
+    target = dmgen.EBM.fit(base, config.build_constraints(base), **fit_draw(config))
     if show:
         typer.echo(f"\n{target}\n")
     return target
@@ -266,7 +266,7 @@ def _compare_texts(
         name: model.sample(_N_PAIRS, prompt=config.prompt, seed=config.evaluate.seed)
         for name, model in (("base", base), ("policy", policy))
     }
-    read = {f.name: f for c in config.build_constraints() for f in c.features}
+    read = {f.name: f for c in config.build_constraints(base) for f in c.features}
     values = {
         name: {key: f(samples.texts, samples.prompts).tolist() for key, f in read.items()}
         for name, samples in drawn.items()

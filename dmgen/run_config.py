@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
-from functools import cache, partial
+from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -176,14 +176,24 @@ class RunConfig:
         """`to_mapping` as YAML text, which `load` reads."""
         return runs.as_yaml(self.to_mapping())
 
-    def build_constraints(self) -> list[Pointwise | Moment]:
-        """The constraints as objects, in order."""
+    def build_constraints(self, base: LanguageModel | None = None) -> list[Pointwise | Moment]:
+        """The constraints as objects, in order.
+
+        Args:
+            base: the model that `self.base` names, if it is loaded: heads on its states then read
+                them from it, not from a second copy.
+        """
         if not isinstance(self.constraints, list) or not self.constraints:
             raise ValueError(
                 f"constraints must be a list of at least one like {_CONSTRAINT_FORMS}, "
                 f"got {self.constraints!r}"
             )
-        embed = partial(_embedder, self.dtype)
+
+        def embed(name: str) -> Callable[[Sequence[str]], Tensor]:
+            if isinstance(base, CausalLM) and _whole(name) == _whole(self.base):
+                return base.embed
+            return _embedder(self.dtype, name)
+
         built = [_constraint(c, f"constraints.{i}", embed) for i, c in enumerate(self.constraints)]
         by_name: dict[str, Feature] = {}
         for feature in (feature for constraint in built for feature in constraint.features):
@@ -266,7 +276,7 @@ def _target(facts: Mapping[str, Any], config: RunConfig, base: LanguageModel, pa
     lambdas = [float(row["lambda"]) for row in facts["constraints"] if "lambda" in row]
     target = EBM(
         base,
-        config.build_constraints(),
+        config.build_constraints(base),
         lambdas,
         prompt=config.prompt,
         max_new_tokens=config.max_new_tokens,

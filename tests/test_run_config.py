@@ -7,7 +7,8 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dmgen import Moment, Pointwise, TrainerConfig, features
+from dmgen import CausalLM, Moment, Pointwise, TrainerConfig, features
+from dmgen.cli_run import fit_target
 from dmgen.run_config import SAMPLERS, EvaluateConfig, FitConfig, RunConfig, from_anywhere
 
 FEMALE = {"moment": {"gender": "female"}, "target": 0.5}
@@ -298,6 +299,40 @@ def test_a_run_finds_its_files_from_any_folder(tmp_path, monkeypatch):
     assert from_anywhere(RunConfig(base="gpt2", constraints=[FEMALE])).base == "gpt2"
 
 
+def modules_of(call):
+    """The modules that compute in a call."""
+    seen = []
+    hook = torch.nn.modules.module.register_module_forward_hook(
+        lambda module, inputs, output: seen.append(module) and None
+    )
+    try:
+        call()
+    finally:
+        hook.remove()
+    return seen
+
+
+@pytest.mark.parametrize("name", ["tiny-bios", "a copy"])
+def test_a_classifier_on_the_states_of_the_base_loads_no_second_one(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    base = CausalLM.from_pretrained("tiny-bios", device="cpu")
+    base.save_pretrained(tmp_path / "a copy")
+    head = features.ClassifierHead(
+        torch.zeros(2, 128), torch.tensor([0.0, 1.0]), ("a", "b"), base=name
+    )
+    head.save_pretrained(tmp_path / "head")
+    constraint = {"pointwise": {"classifier": {"head": "head", "label": "b"}}}
+    config = RunConfig(
+        base=str(tmp_path / "a copy"), constraints=[constraint], fit=FitConfig(n_samples=32)
+    )
+    target = fit_target(config, base, show=False)
+    inside = set(base.model.modules())
+    for constraints in (config.build_constraints(base), target.constraints):
+        seen = modules_of(lambda c=constraints: c[0].feature(["he sang"]))
+        assert seen
+        assert (set(seen) <= inside) == (name == "a copy")
+
+
 @pytest.mark.parametrize(("dtype", "wanted"), [(None, "float32"), ("bfloat16", "bfloat16")])
 def test_the_model_under_a_classifier_computes_in_the_precision_of_the_run(tmp_path, dtype, wanted):
     width = 128
@@ -307,12 +342,7 @@ def test_the_model_under_a_classifier_computes_in_the_precision_of_the_run(tmp_p
     head.save_pretrained(tmp_path)
     constraint = {"pointwise": {"classifier": {"head": str(tmp_path), "label": "b"}}}
     config = RunConfig.from_mapping(SMALLEST | {"constraints": [constraint], "dtype": dtype})
-    seen = []
-    hook = torch.nn.modules.module.register_module_forward_hook(
-        lambda module, inputs, output: seen.append(module) and None
-    )
-    try:
-        assert config.build_constraints()[0].feature(["he sang"]).tolist() == [1]
-    finally:
-        hook.remove()
+    (constraint,) = config.build_constraints()
+    seen = modules_of(lambda: constraint.feature(["he sang"]))
+    assert constraint.feature(["he sang"]).tolist() == [1]
     assert next(seen[-1].parameters()).dtype == getattr(torch, wanted)
