@@ -7,7 +7,8 @@
 Phases: draw N texts of the policy with log-probabilities, score them under the base, forward and
 backward of the policy, and the whole step with features, weights, optimiser and diagnostics.
 
-- dmgen: as `Trainer` does it, in float32 and in bfloat16 (float32 master weights).
+- dmgen: as `Trainer` does it, in float32 and in bfloat16 (float32 master weights); "improved" is a
+  step of the grid's improved setting, a quarter of whose texts are the base's.
 - plain: transformers' `generate` with `output_scores`, a log-softmax of all scores, a log-softmax
   of all logits for scoring and for the gradient, micro-batches of the same size, Adam.
 - trl: a step of TRL's RLOO trainer with a reference model, where TRL is installed (`pip install
@@ -46,6 +47,7 @@ from dmgen.models.causal import CausalLM
 
 LENGTH, MICRO_BATCH = 40, 32
 N_CALLS = 5  # of each shape, for the floor
+IMPROVED = {"base_share": 0.25, "baseline": "optimal", "average_decay": 0.95}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 PHASES = ("sample", "score", "backward", "step")
 
@@ -56,14 +58,17 @@ def long_words(model: CausalLM, prompt: str) -> dmgen.EBM:
     return dmgen.EBM(model, [dmgen.Moment(long, 0.5)], [0.5], prompt=prompt, max_new_tokens=LENGTH)
 
 
-def dmgen_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callable[[], Any]]:
-    """The phases as dmgen takes them."""
+def dmgen_phases(
+    name: str, dtype: str, n: int, prompt: str, **settings: Any
+) -> dict[str, Callable[[], Any]]:
+    """The phases as dmgen takes them; `settings` are those of the trainer."""
     base = dmgen.CausalLM.from_pretrained(name, dtype=DTYPES[dtype], max_new_tokens=LENGTH)
     policy = base.copy()
     samples = base.sample(n, prompt=prompt, seed=0)
     config = dmgen.TrainerConfig(
-        batch_size=n, micro_batch_size=MICRO_BATCH, proposal_rule="policy", learning_rate=1e-7
-    )
+        batch_size=n, micro_batch_size=MICRO_BATCH, proposal_rule="policy", learning_rate=1e-7,
+        **settings,
+    )  # fmt: skip
     sampler = dmgen.GDCpp(policy, long_words(base, prompt), config)
 
     def backward() -> None:
@@ -203,6 +208,8 @@ def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, 
     """Seconds by variant and phase, a number a round; the first round warms up and is dropped."""
     makers = {"dmgen": dmgen_phases, "plain": plain_phases}
     variants = {f"{m} {d}": make(name, d, n, prompt) for m, make in makers.items() for d in DTYPES}
+    improved = dmgen_phases(name, "bf16", n, prompt, **IMPROVED)
+    variants["dmgen bf16 improved"] = {"step": improved["step"]}
     makers_of_all = {"trl": trl_steps} if find_spec("trl") else {}
     makers_of_all["floor"] = floor_phases
     others = {f"{m} {d}": make(name, d, n, prompt)
@@ -212,6 +219,8 @@ def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, 
     for i in tqdm(range(rounds + 1)):
         for phase in PHASES:
             for variant, phases in variants.items():
+                if phase not in phases:
+                    continue
                 started = time.perf_counter()
                 phases[phase]()
                 if i:
