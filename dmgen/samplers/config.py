@@ -22,8 +22,8 @@ class TrainerConfig:
     Attributes:
         batch_size: texts drawn a step.
         micro_batch_size: texts in one forward and backward pass; None takes what fits into the
-            free memory of the device (`memory.micro_batch`). It changes memory and speed, not the
-            gradient.
+            free memory of the device (`memory.micro_batch`), or what the run had that is resumed on
+            a CPU. It changes memory and speed, not the gradient.
         backward_size: run the backward pass on this many texts a step, drawn with probability
             proportional to |advantage| and weighted by its inverse, which leaves the expected
             gradient as it is; None uses all. Most texts carry little of the gradient when a
@@ -38,7 +38,7 @@ class TrainerConfig:
         optimizer: "adam", "adamw" or "sgd" (momentum 0.9).
         max_grad_norm: clip the norm of the gradient, once a step; None does not clip.
         average_decay: keep an exponential average of the weights with this decay a step, and put
-            it into the policy when `train` ends; None keeps the last weights. An average spends
+            it into the policy when `train` or `resume` ends; None keeps the last weights. An average spends
             less of the KL budget on gradient noise.
         baseline: what the advantage subtracts, times π/q: None is the method's own, and
             `objectives.advantage` lists the others.
@@ -49,7 +49,7 @@ class TrainerConfig:
         proposal_every: steps between tests of the proposal.
         proposal_rule: None is the method's own. "policy" draws from the policy itself; "kl" and
             "tv" from a frozen copy that is replaced when the policy is measurably closer to the
-            target; "never" from the base.
+            target; "never" from the base, or the `proposal` that the trainer is given.
         first_batches_from_fit: use the texts that λ was fitted on as the first batches: they are
             drawn, scored and looked at already.
         checkpoint_every: steps between checkpoints; None: only where `train` ends.
