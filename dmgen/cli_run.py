@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -46,14 +47,12 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
     out.mkdir(parents=True, exist_ok=True)
     base = load_model(config.base, config)
     policy = base.copy(**asdict(config.policy))
-    if resume:
-        target = load_target(out, config, base)
-    else:
-        target = fit_target(config, base)
-        save_target(out, target)
+    target = load_target(out, config, base) if resume else fit_target(config, base)
     sampler = SAMPLERS[config.method](policy, target, config.trainer, **config.method_options)
     if resume:
         _go_on(sampler, config, out)
+    else:
+        save_target(out, target)
     runs.write_config(out, config.to_mapping())
     try:
         with _tracker(track, config, out) as log:
@@ -166,7 +165,8 @@ def _go_on(sampler: Trainer, config: RunConfig, out: Path) -> None:
             f"the run in {out} is past step {config.n_steps} already: raise n_steps, as in "
             f"n_steps={2 * sampler.step}"
         )
-    if config.trainer.first_batches_from_fit:
+    used = sampler.step * config.trainer.batch_size
+    if config.trainer.first_batches_from_fit and used < config.fit.n_samples:
         draw = fit_draw(config)
         sampler.target.fit_samples = sampler.target.base.sample(draw.pop("n_samples"), **draw)
     typer.echo(f"Going on from step {sampler.step} of {config.n_steps}, with λ as it was fitted.")
@@ -197,12 +197,15 @@ def refuse_used(out: Path) -> None:
     """Raises if a new run in `out` would touch anything that is there."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is a file: give a folder for the run, --out runs/NAME")
+    if re.match(r"\w\w+:/", str(out)):
+        raise ValueError(f"--out must be a folder of this machine, got {out}")
     found = [name for name in WRITTEN if (out / name).exists()]
     if found:
-        begun = "config.yaml" in found and "policy" not in found
+        begun = "config.yaml" in found and not (out / "policy" / "README.md").is_file()
+        go_on = f", or go on with it:\n  {_to_resume(out)}" if begun else ""
         raise ValueError(
             f"{out} already holds a run ({', '.join(found)}). Give another folder, such as "
-            f"--out {out}-2" + (f", or go on with it:\n  {_to_resume(out)}" if begun else "")
+            f"--out {shlex.quote(f'{out}-2')}{go_on}"
         )
 
 

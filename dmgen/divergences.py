@@ -54,7 +54,8 @@ def kl(
     g = torch.exp(log_g)
     seen = ~torch.isneginf(log_g)
     terms = torch.where(seen, g * (log_g - log_u), 0.0)
-    if torch.isposinf(terms).any():
+    # Not the terms: g may have underflowed.
+    if ((log_g > -math.inf) & torch.isneginf(log_u)).any():
         return Score(math.inf, math.nan, len(terms))
     return _score(terms, terms + g, g, log_z, strata)
 

@@ -105,8 +105,13 @@ def constraint_mean(
     weights = torch.zeros_like(column) if log_w is None else log_w
     if isinstance(constraint, Moment) and constraint.given is not None:
         weights = weights.masked_fill(values[constraint.given.name] == 0, -math.inf)
+    counted = weights > -math.inf
+    n = int(counted.sum())
+    if strata is None and n:
+        # Independent texts of one law: those that count are a sample of their own, of size n.
+        weights, column = weights[counted], column[counted]
     value, stderr = log_weights.mean(weights, column, strata)
-    return Score(value, stderr, int((weights > -math.inf).sum()))
+    return Score(value, stderr, n)
 
 
 def fit(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from inspect import signature
@@ -21,6 +21,7 @@ from dmgen.constraints import Feature, Moment, Pointwise
 from dmgen.ebm import EBM
 from dmgen.models.base import LanguageModel
 from dmgen.models.causal import CausalLM
+from dmgen.models.tabular import TabularLM
 from dmgen.samplers.config import TrainerConfig
 from dmgen.samplers.kl_control import KLControl
 from dmgen.samplers.policy_gradient import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
@@ -131,6 +132,7 @@ class RunConfig:
         object.__setattr__(self, "method_options", _plain(self.method_options))
         _one_of(tuple(SAMPLERS), method=self.method)
         _check_options(self.method, self.method_options)
+        self._make_sampler_of_nothing()
         _one_of((None, *DTYPES), dtype=self.dtype)
         if self.device is not None:
             try:
@@ -140,6 +142,12 @@ class RunConfig:
                     f"device must be like 'cpu', 'cuda' or 'cuda:1', got {self.device!r}"
                 ) from error
         self.build_constraints()
+
+    def _make_sampler_of_nothing(self) -> None:
+        """What the method refuses of its settings shows here, not after the work of a fit."""
+        base = TabularLM.random("ab", 1, eos="b", seed=0)
+        target = EBM(base, [Pointwise(features.word("a"))])
+        SAMPLERS[self.method](base.copy(), target, self.trainer, **self.method_options)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> RunConfig:
@@ -192,7 +200,7 @@ class RunConfig:
         def embed(name: str) -> Callable[[Sequence[str]], Tensor]:
             if isinstance(base, CausalLM) and _whole(name) == _whole(self.base):
                 return base.embed
-            return _embedder(self.dtype, name)
+            return _embedder(self.device, self.dtype, name)
 
         built = [_constraint(c, f"constraints.{i}", embed) for i, c in enumerate(self.constraints)]
         by_name: dict[str, Feature] = {}
@@ -210,12 +218,18 @@ def from_anywhere(config: RunConfig) -> RunConfig:
     mapping = config.to_mapping()
     if config.base != "tiny-bios":
         mapping["base"] = _whole(config.base)
+    for classifier in _classifiers(mapping):
+        classifier["head"] = _whole(classifier["head"])
+    return RunConfig.from_mapping(mapping)
+
+
+def _classifiers(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The options of each classifier in a configuration."""
     for constraint in mapping["constraints"]:
         for feature in constraint.values():
-            head = feature.get("classifier") if isinstance(feature, dict) else None
-            if isinstance(head, dict):
-                head["head"] = _whole(head["head"])
-    return RunConfig.from_mapping(mapping)
+            options = feature.get("classifier") if isinstance(feature, dict) else None
+            if isinstance(options, dict):
+                yield options
 
 
 def _whole(path: str) -> str:
@@ -246,6 +260,26 @@ def load_target(folder: Path, config: RunConfig, base: LanguageModel) -> EBM:
     return _target(json.loads(path.read_text(encoding="utf-8")), config, base, str(path))
 
 
+def publish(folder: Path, config: RunConfig, target: Mapping[str, Any]) -> None:
+    """Writes `dmgen.json`, from which `load_published` makes the target again, elsewhere too.
+
+    The heads of classifiers are put beside it, as `head-0` and so on; a device is no part of it.
+
+    Args:
+        folder: the policy's.
+        config: of its run.
+        target: what `save_target` wrote.
+    """
+    mapping = config.to_mapping() | {"device": None}
+    for i, classifier in enumerate(_classifiers(mapping)):
+        head = features.ClassifierHead.from_pretrained(classifier["head"])
+        if _whole(head.base) == _whole(config.base):
+            head = replace(head, base=config.base)
+        classifier["head"] = f"head-{i}"
+        head.save_pretrained(folder / classifier["head"])
+    runs.write_json(folder / "dmgen.json", {"config": mapping, "target": dict(target)})
+
+
 def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM:
     """The target of a published policy, from the `dmgen.json` beside its weights.
 
@@ -260,13 +294,13 @@ def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM
     if not path.is_file():
         raise ValueError(f"there is no dmgen.json in {folder}: give the policy/ of a finished run")
     facts = json.loads(path.read_text(encoding="utf-8"))
-    config = RunConfig.from_mapping(facts["config"])
+    for classifier in _classifiers(facts["config"]):
+        beside = Path(folder) / classifier["head"]
+        classifier["head"] = str(beside) if beside.is_dir() else classifier["head"]
+    config = RunConfig.from_mapping(facts["config"] | {"device": None})
     if base is None:
         base = CausalLM.from_pretrained(
-            config.base,
-            device=config.device,
-            dtype=config.dtype,
-            max_new_tokens=config.max_new_tokens,
+            config.base, dtype=config.dtype, max_new_tokens=config.max_new_tokens
         )
     return _target(facts["target"], config, base, str(path))
 
@@ -303,12 +337,14 @@ def _numbered(constraints: Any) -> Any:
 
 
 @cache
-def _embedder(dtype: str | None, name: str) -> Callable[[Sequence[str]], Tensor]:
+def _embedder(
+    device: str | None, dtype: str | None, name: str
+) -> Callable[[Sequence[str]], Tensor]:
     """What turns texts into the hidden states that a classifier's head reads; loaded when asked.
 
     It computes in the precision of the run: in float32 it could cost more than a bfloat16 step.
     """
-    return CausalLM.from_pretrained(name, dtype=dtype).embed
+    return CausalLM.from_pretrained(name, device=device, dtype=dtype).embed
 
 
 def _check_options(method: str, options: Any) -> None:

@@ -13,6 +13,7 @@ report.html            all of it on one page
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import shutil
@@ -64,9 +65,20 @@ def _until(rows: Iterable[Mapping[str, Any]], step: int) -> list[Mapping[str, An
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds one JSON line; a reader never sees half of it after a crash, see `read_rows`."""
+    """Adds one JSON line; a reader never sees half of it after a crash, see `read_rows`.
+
+    A number that is not finite becomes null: JSON has no other word for it.
+    """
     with path.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(row) + "\n")
+        f.write(_line(row))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    plain = {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in row.items()
+    }
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -87,6 +99,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def write_text(path: Path, text: str) -> None:
     """Replaces a file in one move: a reader sees the old text or the new, never half."""
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a file")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
@@ -112,7 +126,7 @@ def as_yaml(config: Mapping[str, Any]) -> str:
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Replaces a JSON-lines file."""
-    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_text(path, "".join(_line(row) for row in rows))
 
 
 def versions() -> dict[str, str]:

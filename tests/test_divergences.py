@@ -366,3 +366,11 @@ def test_bounds_and_shift_invariance(log_p, log_pi, shift):
         # A log-score of 1e5 carries roundings of 1.5e-11, times a log ratio of at most 60.
         moved = estimator(log_p + shift, log_pi, q).value
         assert moved == pytest.approx(estimator(log_p, log_pi, q).value, abs=5e-9)
+
+
+def test_a_part_of_the_target_that_the_policy_never_writes_costs_everything():
+    """However small that part is: its weight may have underflowed."""
+    log_score = torch.tensor([0.0, -800.0], dtype=torch.float64)
+    log_policy = torch.tensor([0.0, -INF], dtype=torch.float64)
+    found = kl(log_score, log_policy, torch.tensor([-0.7, -0.7], dtype=torch.float64))
+    assert found.value == INF

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from dmgen import factor
 from dmgen.constraints import Moment, Pointwise, feature
 from dmgen.ebm import EBM
 from dmgen.models import TabularLM
@@ -284,3 +285,20 @@ def test_refit_refuses_nothing_and_other_prompts(world):
     foreign = type(own)(own.tokens, own.mask, own.log_prob, own.texts, ["x", "x", "x"])
     with pytest.raises(ValueError, match=r"the target's prompt is ''.*\['x'\]"):
         target.refit([(world, foreign)])
+
+
+def test_the_error_of_a_condition_is_that_of_the_texts_with_it():
+    given = feature(lambda text: "a" in text, name="a")
+    moment = Moment(feature(len, name="length"), 3.0, given=given)
+    lengths, with_a = [3.0, 5.0, 4.0, 9.0, 9.0, 9.0], [1.0, 1.0, 1.0, 0.0, 0.0, 0.0]
+    values = {
+        "length": torch.tensor(lengths, dtype=torch.float64),
+        "a": torch.tensor(with_a, dtype=torch.float64),
+    }
+    found = factor.constraint_mean(moment, values)
+    assert (found.value, found.n) == (4.0, 3)
+    assert found.stderr == pytest.approx(1 / math.sqrt(3))  # spread 1, from three texts
+    values["a"] = torch.tensor([1.0] + [0.0] * 5, dtype=torch.float64)
+    alone = factor.constraint_mean(moment, values)
+    assert (alone.value, alone.n) == (3.0, 1)
+    assert math.isnan(alone.stderr)  # one text shows no spread

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dmgen import CausalLM, Moment, Pointwise, TrainerConfig, features
+from dmgen import EBM, CausalLM, Moment, Pointwise, TabularLM, TrainerConfig, features
 from dmgen.cli_run import fit_target
 from dmgen.run_config import SAMPLERS, EvaluateConfig, FitConfig, RunConfig, from_anywhere
 
@@ -346,3 +346,45 @@ def test_the_model_under_a_classifier_computes_in_the_precision_of_the_run(tmp_p
     seen = modules_of(lambda: constraint.feature(["he sang"]))
     assert constraint.feature(["he sang"]).tolist() == [1]
     assert next(seen[-1].parameters()).dtype == getattr(torch, wanted)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"method": "FDPG", "method_options": {"divergence": "jss"}}, "unknown divergence 'jss'"),
+        ({"method": "VarGrad", "trainer": {"baseline": "z"}}, "baseline of 'vargrad'"),
+        ({"method": "KLControl", "trainer": {"backward_size": 8}}, "backward_size"),
+        ({"method": "KLControl", "method_options": {"clip": 3.0}}, "clip must"),
+    ],
+)
+def test_what_a_method_refuses_is_refused_before_the_work_of_a_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        RunConfig.from_mapping(SMALLEST | settings)
+
+
+def test_a_divergence_with_a_number_can_be_written_in_yaml():
+    options = {"divergence": ["alpha", 0.5]}
+    config = RunConfig.from_mapping(SMALLEST | {"method": "FDPG", "method_options": options})
+    base = TabularLM.random("ab.", 2, eos=".", seed=0)
+    target = EBM(base, [Pointwise(features.word("a"))])
+    sampler = SAMPLERS["FDPG"](base.copy(), target, **config.method_options)
+    assert sampler.divergence == ("alpha", 0.5)
+
+
+def test_the_model_under_a_classifier_goes_where_the_run_does(tmp_path, monkeypatch):
+    head = features.ClassifierHead(
+        torch.zeros(2, 4), torch.tensor([0.0, 1.0]), ("a", "b"), base="elsewhere"
+    )
+    head.save_pretrained(tmp_path)
+    asked = []
+
+    def load(name, **options):
+        asked.append((name, options))
+        raise ValueError("not here")
+
+    monkeypatch.setattr(CausalLM, "from_pretrained", load)
+    constraint = {"pointwise": {"classifier": {"head": str(tmp_path), "label": "b"}}}
+    config = RunConfig(base="x", constraints=[constraint], device="cuda:1", dtype="float16")
+    with pytest.raises(ValueError, match="not here"):
+        config.build_constraints()[0].feature(["text"])
+    assert asked == [("elsewhere", {"device": "cuda:1", "dtype": "float16"})]

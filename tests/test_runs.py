@@ -227,3 +227,22 @@ def test_what_a_crash_left_half_written_does_not_spoil_the_next_row(tmp_path, ta
     runs.append_row(tmp_path / "metrics.jsonl", {"step": 4, "log_z": 1.0})
     runs.append_row(tmp_path / "metrics.jsonl", {"step": 5, "log_z": 1.0})
     assert [row["step"] for row in runs.read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_rows_are_json_for_any_reader(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    runs.append_row(path, {"step": 1, "log_z": -math.inf, "drift": math.nan, "updated": True})
+    runs.write_rows(path, [*runs.read_rows(path), {"step": 2, "log_z": 0.5, "drift": math.inf}])
+
+    def refuse(word):
+        raise ValueError(word)
+
+    rows = [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    assert rows[0] == {"step": 1, "log_z": None, "drift": None, "updated": True}
+    assert rows[1] == {"step": 2, "log_z": 0.5, "drift": None}
+
+
+def test_a_folder_is_no_file_to_write(tmp_path):
+    with pytest.raises(ValueError, match="is a folder: give a file"):
+        runs.write_text(tmp_path, "x")
+    assert not list(tmp_path.parent.glob("*.partial"))

@@ -27,6 +27,8 @@ __all__ = ["Evaluation", "MomentRow", "evaluate"]
 
 # Self-BLEU grows with the number of texts; beyond this, a fixed number keeps figures comparable.
 _MOST_FOR_SELF_BLEU = 2048
+# With fewer effective texts, the delta method's errors are not to be believed.
+_FEW = 100
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,8 @@ class Evaluation:
         gain: KL(p‖a) − KL(p‖π), how much nearer to the target the policy is than the base, nats;
             likewise.
         tv, js: total variation distance and Jensen-Shannon divergence (nats) of p and π.
+        ess: how many of the texts, of base and policy together, count for p: the effective sample
+            size under its weights. Below 100, errors of what concerns p are too small.
         length: mean length in tokens, EOS included, of "base", "target" and "policy".
         perplexity: of the texts of "base", "target" and "policy" under the base, a token.
         self_bleu, distinct: Self-BLEU-3/4/5 and Distinct-1/2/3 by model and order, such as
@@ -82,6 +86,7 @@ class Evaluation:
     gain: Score
     tv: Score
     js: Score
+    ess: float
     length: Mapping[str, Score]
     perplexity: Mapping[str, Score]
     self_bleu: Mapping[tuple[str, int], Score]
@@ -108,9 +113,8 @@ class Evaluation:
     def __str__(self) -> str:
         """A table: base, target and policy side by side, intervals and verdicts."""
         n = len(self.samples["policy"])
-        lines = [
-            [f"{n:,} texts of each", "asked", "base", "target p", "policy π", "99 %", "verdict"]
-        ]
+        asked = f"asked ± {self.tolerance:g}"
+        lines = [[f"{n:,} texts of each", asked, "base", "target p", "policy π", "99 %", "verdict"]]
         for m in self.moments:
             low, high = m.interval
             said = m.verdict
@@ -126,6 +130,7 @@ class Evaluation:
             ["  less than the base", "", "", "", str(self.gain)],
             ["TV(p, ·)", "", "", "", str(self.tv)],
             ["JS(p, ·) nats", "", "", "", str(self.js)],
+            ["texts that count for p", "", "", f"{self.ess:.0f} of {2 * n:,}"],
         ]
         for label, scores_by_model in (
             ("length in tokens", self.length),
@@ -137,7 +142,13 @@ class Evaluation:
             for order in sorted({order for _, order in by_order}):
                 base, policy = by_order["base", order], by_order["policy", order]
                 lines.append([f"{label}-{order}", "", str(base), "", str(policy)])
-        return _aligned(lines)
+        table = _aligned(lines)
+        if self.ess < _FEW:
+            table += (
+                "\nToo few texts count for p: what concerns it may be further off than its errors "
+                "say. Raise n_samples, or judge a policy that is closer to it."
+            )
+        return table
 
     def _rows(self) -> list[dict[str, Any]]:
         rows = []
@@ -151,6 +162,8 @@ class Evaluation:
                 | {"verdict": m.verdict, "n_to_decide": m.n_to_decide}
             )
         rows += [_row(name, "", getattr(self, name)) for name in _DISTANCES]
+        n = sum(len(samples) for samples in self.samples.values())
+        rows.append(_row("ess", "target", Score(self.ess, math.nan, n)))
         for name in ("length", "perplexity"):
             rows += [_row(name, model, score) for model, score in getattr(self, name).items()]
         for name in ("self_bleu", "distinct"):
@@ -209,6 +222,7 @@ def evaluate(
         gain=pool.gain(),
         tv=pool.distance(divergences.tv, pool.log_policy),
         js=pool.distance(divergences.js, pool.log_policy),
+        ess=pool.ess(),
         length={model: pool.mean(model, n_tokens) for model in MODELS},
         perplexity={model: _perplexity(pool, model, n_tokens) for model in MODELS},
         self_bleu={

@@ -98,6 +98,10 @@ class Pool:
         """D(p, other) by an estimator of `divergences`; `other` is log-probabilities `(2n,)`."""
         return measure(self.log_score, other, self.log_mixture, strata=self.strata)
 
+    def ess(self) -> float:
+        """How many of the 2n texts count for p."""
+        return log_weights.ess(self.log_score - self.log_mixture)
+
     def excess(self) -> Score:
         """KL(π‖a) − KL(p‖a), nats; its error knows that both come from the same texts."""
         paid, least = self._kl_policy_base(), self._kl_target(self.log_base)
@@ -195,6 +199,8 @@ class Pool:
         log_z = log_weights.log_z(log_w)[0]
         g = torch.exp(log_w - log_z)  # NaN throughout if Z = 0
         t = torch.where(log_w > -math.inf, self.log_score - log_other, 0.0)
+        if bool(t.isposinf().any()):  # where g has underflowed too
+            return math.inf, torch.full_like(g, math.nan)
         mean = float((g * t).mean())
         return mean - log_z, g * (t - mean) - (g - 1)
 

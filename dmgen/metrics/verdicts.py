@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from statistics import NormalDist
 
+from scipy.special import stdtrit
+
 from dmgen.score import Score
 
 __all__ = ["LEVEL", "TOLERANCE", "interval", "n_to_decide", "verdict"]
@@ -18,6 +20,8 @@ _MOST_TEXTS = 10**9
 def interval(score: Score, *, binary: bool = False, level: float = LEVEL) -> tuple[float, float]:
     """The interval that covers the true mean with chance `level`, for n independent texts.
 
+    Student's, whose errors are themselves estimated from n values; NaN where there is only one.
+
     Args:
         score: a plain mean of n values.
         binary: the values are 0 and 1; then it is Wilson's interval, which stays inside [0, 1] and
@@ -27,7 +31,10 @@ def interval(score: Score, *, binary: bool = False, level: float = LEVEL) -> tup
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
     """
     if not binary or score.n == 0:
-        return score.interval(level)
+        if score.n < 2:
+            return score.interval(level)
+        half = float(stdtrit(score.n - 1, 0.5 + level / 2)) * score.stderr
+        return score.value - half, score.value + half
     z2 = NormalDist().inv_cdf(0.5 + level / 2) ** 2
     p, n = score.value, score.n
     centre = (p + z2 / (2 * n)) / (1 + z2 / n)

@@ -39,6 +39,7 @@ class CausalLM:
         tokenizer: its tokenizer; it must have an EOS.
         max_new_tokens: default length of a text, in tokens.
         dtype: precision of computing, under autocast if it is half; None takes that of the weights.
+            To train, take bfloat16: in float16 the gradients of small advantages round to 0.
             Trainable weights stay float32 whatever it is. Frozen float32 weights are cast at each
             use: to compute in bfloat16, load them so. Even then states add up in float32, so that
             a `copy` of a dense transformer is the same law to the last bit.
@@ -275,6 +276,8 @@ class CausalLM:
             texts: N texts.
             batch_size: texts a forward pass; None chooses by memory.
         """
+        if not len(texts):
+            return torch.zeros(0, self.model.get_output_embeddings().weight.shape[-1])
         room = passes.context(self.model) - len(prompt_ids(self.tokenizer, ""))
         ids = [
             self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]

@@ -57,7 +57,7 @@ def chosen_log_prob(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     n_blocks = math.ceil(len(weight) / max(_MIN_WIDTH, chunk // max(1, len(hidden))))
     width = math.ceil(len(weight) / n_blocks)
-    keeps = len(hidden) * len(weight) * dtype.itemsize <= keep
+    keeps = torch.is_grad_enabled() and len(hidden) * len(weight) * dtype.itemsize <= keep
     result: Tensor = _ChosenLogProb.apply(hidden, weight, bias, tokens, dtype, width, keeps)  # type: ignore[no-untyped-call]
     return result
 

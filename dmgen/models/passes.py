@@ -17,9 +17,9 @@ from dmgen.models.layers import is_hooked
 # stay in its cache; bytes of the logits in one that does.
 _PASS_TOKENS, _PASS_TOKENS_ON_CPU = 2**13, 2**11
 _LOGIT_BYTES = 2**27
-# Rows of matrix products come in multiples of so many. Of each shape that it meets, a library may
-# keep code of its own (oneDNN in half precision: a third of a MiB), so that shapes that depend on
-# the texts cost memory for as long as a run goes on.
+# Texts in a pass, and states before the output layer, come in multiples of so many where there are
+# more. Of each shape of a product a library may keep code of its own (oneDNN in half precision: a
+# third of a MiB), so that ever new shapes take ever more memory as a run goes on.
 _ROWS = 16
 # Bytes of keys and values of all texts that are decoded side by side, on a CPU; the share of a GPU.
 _CACHE_BYTES, _CACHE_SHARE = 2**30, 1 / 4
@@ -145,7 +145,8 @@ def score_states(model: Any, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Te
     found = chosen_log_prob(
         hidden.flatten(0, 1)[rows], head.weight, head.bias, tokens.flatten()[rows]
     )
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, found[:n])
+    scored = torch.zeros(mask.shape, dtype=found.dtype, device=mask.device)
+    return scored.masked_scatter(mask, found[:n])
 
 
 def texts_a_draw(model: Any, length: int, dtype: torch.dtype) -> int:
@@ -224,9 +225,18 @@ def logits_are_linear(model: Any, inputs: Tensor, dtype: torch.dtype) -> bool:
 
 
 def context(model: Any) -> int:
-    """Positions that the model has; practically endless where its configuration names none."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    return limit if limit is not None and limit > 0 else 2**31
+    """Positions that the model has; practically endless where its configuration names none.
+
+    Of "longrope" only those before its frequencies change: they change for a whole pass at once,
+    so beyond that a text has another law when it is scored than while it is decoded.
+    """
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    limit = limit if limit is not None and limit > 0 else 2**31
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        limit = min(limit, rope.get("original_max_position_embeddings") or limit)
+    return int(limit)
 
 
 def _cache_argument(model: Any) -> str:

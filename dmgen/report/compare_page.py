@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from dmgen import runs
-from dmgen.constraints import Pointwise
 from dmgen.metrics.verdicts import TOLERANCE
 from dmgen.report import plots, words
 from dmgen.report.answers import questions
 from dmgen.report.markup import Markup, page, table, tag
 from dmgen.report.panels import Curves, Panel, figures, save_pngs
-from dmgen.report.read import RunRecord, as_score, policy_rows, score
+from dmgen.report.read import RunRecord, as_score, goals_of, policy_rows, score
 from dmgen.report.run_page import label
 
 __all__ = ["write_comparison"]
@@ -45,7 +44,7 @@ def write_comparison(
     records = [RunRecord.read(folder) for folder in folders]
     names = group_names(records)
     curves = Curves(records, names)
-    goals = {f"E[{name}]": target for name, target in _goals(records).items()}
+    goals = {f"E[{name}]": target for name, target in goals_of(records).items()}
     finals = curves.finals([(m, label(m)) for m in (*goals, *_COMPARED)], goals)
     paid = curves.paid() if len(curves.evaluations) else None
     training: list[Panel] = []
@@ -103,16 +102,6 @@ def _flat(mapping: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _goals(records: Sequence[RunRecord]) -> dict[str, Any]:
-    """What was asked, by the name of the constraint, where all runs asked the same."""
-    found: dict[str, Any] = {}
-    for record in records:
-        for c in record.constraints:
-            target = 1.0 if isinstance(c, Pointwise) else c.target
-            found[c.name] = target if found.get(c.name, target) == target else None
-    return {name: target for name, target in found.items() if target is not None}
-
-
 def _head(records: Sequence[RunRecord], names: Sequence[tuple[str, Any]]) -> Markup:
     asked = list(dict.fromkeys(q for record in records for q in questions(record)))
     return tag(
@@ -129,7 +118,7 @@ def _results(
 ) -> list[Markup]:
     """The last evaluation of every run, a row each, and the same drawn."""
     rows = []
-    moments = list(_goals(records))
+    moments = list(goals_of(records))
     for record, (name, seed) in zip(records, names, strict=True):
         if record.final is None:
             rows.append([name, str(seed), "not measured yet"])

@@ -10,6 +10,7 @@ from dmgen import runs
 from dmgen.report import words
 from dmgen.report.answers import questions
 from dmgen.report.read import RunRecord, as_score, policy_rows
+from dmgen.run_config import publish
 
 __all__ = ["write_model_card"]
 
@@ -26,8 +27,7 @@ def write_model_card(run: str | Path) -> Path:
     folder = record.folder / "policy"
     if record.config is None or record.final is None or not folder.is_dir():
         raise ValueError(f"the run in {run} is not finished: it has no policy that was measured")
-    facts = {"config": record.config.to_mapping(), "target": dict(record.target)}
-    runs.write_json(folder / "dmgen.json", facts)
+    publish(folder, record.config, record.target)
     path = folder / "README.md"
     runs.write_text(path, _card(record))
     return path

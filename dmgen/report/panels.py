@@ -9,11 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmgen.constraints import Pointwise
 from dmgen.metrics.verdicts import LEVEL, TOLERANCE
 from dmgen.report import plots
 from dmgen.report.markup import Markup, tag
-from dmgen.report.read import RunRecord, as_score, evaluations_frame, metrics_frame
+from dmgen.report.read import (
+    RunRecord,
+    bases_of,
+    evaluations_frame,
+    goals_of,
+    metrics_frame,
+)
 from dmgen.score import Score
 
 if TYPE_CHECKING:
@@ -97,17 +102,14 @@ class Curves:
     def moments(self) -> list[Panel]:
         """A panel a feature: its mean under the policy, and what was asked."""
         columns = [c for c in self.metrics if str(c).startswith("moment/")]
-        asked = {c.name: c for record in self.records for c in record.constraints}
-        bases = self.records[0].target.get("base_moments", {})
+        asked, bases = goals_of(self.records), bases_of(self.records)
         panels = []
         for i, name in enumerate(str(c).removeprefix("moment/") for c in columns):
             figure, ax = plots.panel(f"Mean of {name}")
             if name in asked:
-                constraint = asked[name]
-                target = 1.0 if isinstance(constraint, Pointwise) else constraint.target
-                plots.draw_target(ax, target, tolerance=self._tolerance)
+                plots.draw_target(ax, asked[name], tolerance=self._tolerance)
             if name in bases:
-                plots.draw_level(ax, as_score(bases[name]).value, "base")
+                plots.draw_level(ax, bases[name].value, "base")
             self._draw(ax, f"moment/{name}", measured=f"E[{name}]")
             caption = "Dashed: what was asked, in the band that a verdict allows."
             if name not in asked:

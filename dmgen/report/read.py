@@ -17,7 +17,15 @@ from dmgen.metrics.verdicts import LEVEL
 from dmgen.run_config import RunConfig
 from dmgen.score import Score
 
-__all__ = ["RunRecord", "evaluations_frame", "metrics_frame", "policy_rows", "score"]
+__all__ = [
+    "RunRecord",
+    "bases_of",
+    "evaluations_frame",
+    "goals_of",
+    "metrics_frame",
+    "policy_rows",
+    "score",
+]
 
 Row = dict[str, Any]
 
@@ -63,7 +71,9 @@ class RunRecord:
             config=RunConfig.load(config) if config.is_file() else None,
             versions=_versions(config) if config.is_file() else {},
             target=json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {},
-            metrics=pd.DataFrame(metrics),
+            metrics=pd.DataFrame(
+                [{k: math.nan if v is None else v for k, v in row.items()} for row in metrics]
+            ),
             evaluations=_rows(folder / "evaluations.jsonl"),
             pairs=_rows(folder / "samples.jsonl"),
         )
@@ -114,6 +124,26 @@ def as_score(row: Mapping[str, Any]) -> Score:
 def policy_rows(evaluation: Row) -> list[Row]:
     """The rows of the constraints under the policy, in the order of the constraints."""
     return [row for row in evaluation["rows"] if row["model"] == "policy" and "verdict" in row]
+
+
+def goals_of(records: Sequence[RunRecord]) -> dict[str, Any]:
+    """What was asked, by the name of the constraint, where all runs asked the same."""
+    found: dict[str, Any] = {}
+    for record in records:
+        for c in record.constraints:
+            target = 1.0 if isinstance(c, Pointwise) else c.target
+            found[c.name] = target if found.get(c.name, target) == target else None
+    return {name: target for name, target in found.items() if target is not None}
+
+
+def bases_of(records: Sequence[RunRecord]) -> dict[str, Score]:
+    """The moments of the base by name, where all runs have the same base and prompt."""
+    kinds = {
+        (r.config.base, r.config.prompt, r.config.max_new_tokens) if r.config else None
+        for r in records
+    }
+    found = records[0].target.get("base_moments", {}) if len(kinds) == 1 else {}
+    return {name: as_score(row) for name, row in found.items()}
 
 
 def metrics_frame(records: Sequence[RunRecord], names: Sequence[tuple[str, Any]]) -> pd.DataFrame:

@@ -38,8 +38,8 @@ class TrainerConfig:
         optimizer: "adam", "adamw" or "sgd" (momentum 0.9).
         max_grad_norm: clip the norm of the gradient, once a step; None does not clip.
         average_decay: keep an exponential average of the weights with this decay a step, and put
-            it into the policy when `train` or `resume` ends; None keeps the last weights. An average spends
-            less of the KL budget on gradient noise.
+            it into the policy when `train` or `resume` ends; None keeps the last weights. An
+            average spends less of the KL budget on gradient noise.
         baseline: what the advantage subtracts, times π/q: None is the method's own, and
             `objectives.advantage` lists the others.
         reuse: gradient steps on each batch; the weights of those after the first are corrected for
@@ -89,7 +89,8 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            _check_type(field.name, str(field.type), getattr(self, field.name))
+            value = _checked(field.name, str(field.type), getattr(self, field.name))
+            object.__setattr__(self, field.name, value)
         for name in (
             "batch_size",
             "micro_batch_size",
@@ -156,12 +157,18 @@ class TrainerConfig:
         return share * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
-def _check_type(name: str, wanted: str, value: Any) -> None:
-    """Refuses a value that is not of the type its annotation names; an int serves as a float."""
+def _checked(name: str, wanted: str, value: Any) -> Any:
+    """A value of the type that its annotation names; an int serves as a float.
+
+    Numbers of numpy become Python's own, which JSON can hold.
+    """
     kinds = tuple(_TYPES[part] for part in wanted.split(" | "))
     # bool is an int in Python, and batch_size=True is a slip.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise TypeError(f"{name} must be {wanted}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 def _need(holds: bool, message: str) -> None:

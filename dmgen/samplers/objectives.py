@@ -14,6 +14,8 @@ from torch import Tensor
 from dmgen.divergences import f_divergence
 
 METHODS = ("dpg", "gdc", "gdc++", "fdpg", "reinforce", "vargrad")
+# Those whose gradient is a mean under importance weights P/q.
+WEIGHTED = ("dpg", "gdc", "gdc++", "fdpg")
 # Baselines that look at the other texts of the batch.
 _OF_THE_BATCH = ("leave_one_out", "optimal")
 
@@ -93,7 +95,10 @@ def advantage(
         # The KL divergence of "fdpg" too: p/π cannot overflow here while π/q is small.
         gain = torch.exp(log_target - log_proposal)
         own = 1.0 if method in ("gdc++", "fdpg") else 0.0
-    result = gain - _kappa(baseline, gain, ratio, own, method) * ratio
+    kappa = _kappa(baseline, gain, ratio, own, method)
+    # Where κ is 0, π/q does not count, and log π need not be known: π/q may well overflow then.
+    unmoved = isinstance(kappa, float) and kappa == 0
+    result = gain if unmoved else gain - kappa * ratio
     finite = result.isfinite()
     if not bool(finite.all()):
         i = int((~finite).nonzero()[0])

@@ -61,8 +61,10 @@ class FDPG(Trainer):
         config: TrainerConfig | None = None,
         *,
         proposal: Any = None,
-        divergence: str | tuple[str, float] = "js",
+        divergence: str | tuple[str, float] | list[Any] = "js",
     ) -> None:
+        if isinstance(divergence, list):  # YAML has no tuples
+            divergence = tuple(divergence)
         f_divergence(divergence)
         self.divergence = divergence
         super().__init__(policy, target, config, proposal=proposal)

@@ -23,7 +23,13 @@ from dmgen.samplers.config import TrainerConfig
 from dmgen.samplers.diagnostics import gradient_variance
 from dmgen.samplers.health import Health
 from dmgen.samplers.memory import micro_batch
-from dmgen.samplers.objectives import advantage, check_method, needs_policy, needs_whole_batch
+from dmgen.samplers.objectives import (
+    WEIGHTED,
+    advantage,
+    check_method,
+    needs_policy,
+    needs_whole_batch,
+)
 from dmgen.samplers.processes import Processes
 from dmgen.samplers.proposal import draw_mixture, draw_rows, is_closer
 from dmgen.samplers.subset import inclusion_probabilities, systematic_sample
@@ -32,6 +38,9 @@ from dmgen.samplers.z_pool import ZPool
 # learning_rate "auto": where it begins, how far it may move in a step, and on how many texts the
 # KL of a step is measured.
 _FIRST_RATE, _SLOWEST, _FASTEST, _N_MEASURED = 1e-5, 0.5, 1.3, 128
+# Policy and proposal are compared on the texts of so many rounds of `proposal_every` steps at most:
+# older ones tell of a policy that is gone.
+_MOST_TESTS = 20
 
 
 class Trainer:
@@ -93,13 +102,13 @@ class Trainer:
         # Of the texts since Z was last compared with what was known before.
         self.z_round = ZPool()
         self.average = WeightAverage(policy, config.average_decay)
-        # (log-weights, log π − log q) of the texts drawn since the proposal was last replaced.
-        self.since_change: list[Tensor] = []
+        # What the proposal is tested on, (2, N): see `_remember`.
+        self.since_change = torch.empty(2, 0, dtype=torch.float64)
         self.history: list[dict[str, Any]] = []
         # What a method keeps beside the policy: checkpoints hold it, `resume` fills it in place.
         self.own_state: dict[str, Tensor] = {}
         self.micro_batch_size = config.micro_batch_size
-        self.health = Health(config.batch_size)
+        self.health = Health(config.batch_size, weighted=self.method in WEIGHTED)
 
     def train(
         self,
@@ -117,8 +126,15 @@ class Trainer:
         Raises:
             ValueError: `out` holds another run.
             FloatingPointError: an advantage or a gradient is not finite; names the text and its
-                terms, or the step. The policy and the last checkpoint are untouched.
+                terms, or the step. No update is made of it, and the last checkpoint is untouched.
         """
+        config, given = self.config, self.target.fit_samples
+        if config.first_batches_from_fit and not self.step and len(given or ()) < config.batch_size:
+            raise ValueError(
+                f"first_batches_from_fit needs the texts that λ was fitted on, a batch of "
+                f"{config.batch_size} at least, and the target has {len(given or ())}: fit it by "
+                "EBM.fit(base, ...) on more, without a proposal, or leave the setting out"
+            )
         folder = None if out is None or not self.processes.is_main else Path(out)
         if folder is not None:
             runs.open_run(folder, expected_step=self.step)
@@ -135,12 +151,12 @@ class Trainer:
                     log(row)
                 bar.set_postfix_str(_facts(row), refresh=False)
                 bar.update()
+            if folder is not None and self.step and not self._is_due(config.checkpoint_every):
+                checkpoint.save(self, folder)
+            self.processes.wait()
         finally:
             bar.close()
-        if folder is not None and self.step:
-            checkpoint.save(self, folder)
-        self.processes.wait()
-        self.average.show()
+            self.average.show()
         return pd.DataFrame(self.history)
 
     def resume(self, run_folder: str | Path) -> None:
@@ -157,6 +173,7 @@ class Trainer:
     def _step(self) -> dict[str, Any]:
         """One step: draw, weigh, backward, update, test the proposal; a row of metrics."""
         started = time.monotonic()
+        from_fit = self._from_fit()
         samples, log_base, log_policy = self._draw()
         # log q is what was recorded while drawing; it is never computed again.
         own_log_score = self.target.log_score(samples, base_log_prob=log_base)
@@ -166,7 +183,7 @@ class Trainer:
         # The batch's own weights would bias its gradient, so it counts for Z from the next step
         # on, unless nothing else is known.
         z = self.z if self.z.n_hits else self.z.add(log_w)
-        if not self._from_fit():  # the pool began with the texts of the fit: they are counted
+        if not from_fit:  # the pool began with the texts of the fit: they are counted
             self.z, self.z_round = self.z.add(log_w), self.z_round.add(log_w)
         values = {k: gather(v) for k, v in self.target.values(samples).items()}
         known = None if log_policy is None else gather(log_policy)
@@ -187,7 +204,10 @@ class Trainer:
         self.step += 1
         self.n_drawn += self.config.batch_size
         row = self._row(log_q, log_score, log_policy, a, values) | extra
-        row["proposal_updated"] = self._move_proposal(log_w, log_policy - log_q)
+        # Texts of the fit are the base's, whatever the proposal is.
+        if not from_fit or self.proposal is self.target.base:
+            self._remember(log_w, log_q, log_policy, log_base)
+        row["proposal_updated"] = self._move_proposal()
         row["log_z_drift"] = self._drift()
         self.seconds += time.monotonic() - started
         row["seconds"] = round(self.seconds, 3)
@@ -347,25 +367,41 @@ class Trainer:
         self.rate *= min(max(factor, _SLOWEST), _FASTEST)
         return moved_by
 
-    def _move_proposal(self, log_w: Tensor, log_ratio: Tensor) -> bool:
+    def _remember(
+        self, log_w: Tensor, log_q: Tensor, log_policy: Tensor, log_base: Tensor | None
+    ) -> None:
+        """Keeps what the proposal is tested on: texts of the last steps since it was replaced.
+
+        With `base_share`, q is the mixture that texts are drawn from, and π makes another one.
+        """
+        if self.proposal_rule in ("policy", "never"):
+            return
+        share = self.config.base_share
+        if share and log_base is not None:
+            log_policy = torch.logaddexp(
+                log_policy + math.log1p(-share), self.processes.gather(log_base) + math.log(share)
+            )
+        ratios = torch.stack([log_w, log_policy - log_q])
+        seen = torch.cat([self.since_change, ratios], dim=1)
+        most = _MOST_TESTS * self.config.proposal_every * self.config.batch_size
+        self.since_change = seen[:, -most:]
+
+    def _move_proposal(self) -> bool:
         """Replaces q by π if the texts since the last change say that π is closer to the target.
 
         A paired test on the very texts trained on, each with the policy as it was then (no text is
         scored again), so it lags a little behind the policy, on the safe side.
         """
-        if self.proposal_rule in ("policy", "never"):
+        if self.proposal_rule in ("policy", "never") or self.step % self.config.proposal_every:
             return False
-        self.since_change.append(torch.stack([log_w, log_ratio]))
-        if self.step % self.config.proposal_every:
-            return False
-        log_w, log_ratio = torch.cat(self.since_change, dim=1)
-        if not is_closer(self.proposal_rule, log_w, log_ratio, self.z.log_z):
+        log_w, log_ratio = self.since_change
+        if not log_w.numel() or not is_closer(self.proposal_rule, log_w, log_ratio, self.z.log_z):
             return False
         if self.proposal is self.first_proposal:
             self.proposal = self.policy.copy()
         else:
             self.proposal.load_state_dict(self.policy.state_dict())
-        self.since_change.clear()
+        self.since_change = torch.empty(2, 0, dtype=torch.float64)
         return True
 
     def _drift(self) -> float:
@@ -416,12 +452,15 @@ class Trainer:
     def _record(self, folder: Path, row: dict[str, Any]) -> None:
         runs.append_row(folder / "metrics.jsonl", row)
         config = self.config
-        if config.evaluate_every and self.step % config.evaluate_every == 0:
+        if self._is_due(config.evaluate_every):
             with self.average.shown():
                 scores = evaluate(self.policy, self.target, seed=self.step)
             runs.append_row(folder / "evaluations.jsonl", {"step": self.step} | scores.to_dict())
-        if config.checkpoint_every and self.step % config.checkpoint_every == 0:
+        if self._is_due(config.checkpoint_every):
             checkpoint.save(self, folder)
+
+    def _is_due(self, every: int | None) -> bool:
+        return every is not None and self.step % every == 0
 
 
 def _optimizer(

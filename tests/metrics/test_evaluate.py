@@ -6,11 +6,12 @@ import math
 import pytest
 import torch
 
+from dmgen import log_weights
 from dmgen.constraints import Moment, Pointwise, feature
 from dmgen.ebm import EBM
 from dmgen.metrics import distinct_n, self_bleu
 from dmgen.metrics.evaluate import evaluate
-from dmgen.models import TabularLM
+from dmgen.models import Samples, TabularLM
 
 HAS_A = feature(lambda text: "a" in text, name="a")
 STARTS_C = feature(lambda text: text.startswith("c"), name="c first")
@@ -150,7 +151,7 @@ def test_the_table_and_the_json_hold_every_number(world, policy):
     target = EBM(world, [Pointwise(HAS_A), Moment(LENGTH, (2.5, 3.5))], [0.4])
     found = evaluate(policy, target, n_samples=500, seed=0)
     frame = found.to_frame()
-    assert len(frame) == 2 * 3 + 7 + 2 * 3 + 6 + 6
+    assert len(frame) == 2 * 3 + 7 + 1 + 2 * 3 + 6 + 6
     row = frame[(frame.metric == "E[a]") & (frame.model == "policy")].iloc[0]
     assert (row.value, row.target, row.verdict) == (found.moments[0].policy.value, 1.0, "not met")
     value = frame[frame.metric == "excess"].value.item()
@@ -174,11 +175,11 @@ def test_print_is_a_table_with_aligned_columns(world, policy):
     target = EBM(world, [Pointwise(HAS_A), Moment(LENGTH, (2.5, 3.5))], [0.4])
     found = evaluate(policy, target, n_samples=500, seed=0)
     lines = str(found).split("\n")
-    assert len(lines) == 1 + 2 + 6 + 2 + 6
+    assert len(lines) == 1 + 2 + 7 + 2 + 6 + (found.ess < 100)
     for label in ("base", "target p", "policy π", "verdict"):
         assert label in lines[0]
     at = lines[0].index("policy π")
-    for line, score in ((lines[1], found.moments[0].policy), (lines[9], found.length["policy"])):
+    for line, score in ((lines[1], found.moments[0].policy), (lines[10], found.length["policy"])):
         assert line[at:].startswith(str(score))
     assert "2.5 to 3.5" in str(found)
 
@@ -191,3 +192,18 @@ def test_print_is_a_table_with_aligned_columns(world, policy):
 def test_impossible_settings_are_refused(world, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate(world.copy(), EBM(world, [Pointwise(HAS_A)]), **options)
+
+
+def test_it_says_how_many_texts_count_for_the_target(world, policy):
+    rare = feature(lambda text: text.startswith("cac"), name="cac")
+    for target, few in (
+        (EBM(world, [Pointwise(rare)]), True),
+        (EBM(world, [Moment(HAS_A, 0.5)], [0.0]), False),
+    ):
+        found = evaluate(policy, target, n_samples=400, seed=1)
+        texts = Samples.cat([found.samples["base"], found.samples["policy"]])
+        mixture = torch.logaddexp(world.log_prob(texts), policy.log_prob(texts))
+        assert found.ess == pytest.approx(log_weights.ess(target.log_score(texts) - mixture))
+        assert ("Too few texts count for p" in str(found)) == few == (found.ess < 100)
+        (row,) = [row for row in found.to_dict()["rows"] if row["metric"] == "ess"]
+        assert row["value"] == found.ess

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from scipy.stats import binom
+from scipy.stats import binom, t
 
 from dmgen.metrics.verdicts import interval, n_to_decide, verdict
 from dmgen.score import Score
@@ -90,8 +90,10 @@ def test_binary_interval_stays_inside_zero_and_one_and_has_a_width():
     )
 
 
-def test_other_means_have_the_normal_interval():
-    assert interval(Score(3.0, 0.1, 100)) == Score(3.0, 0.1, 100).interval(0.99)
+def test_other_means_have_students_interval():
+    low, high = interval(Score(3.0, 0.1, 100))
+    assert (low, high) == pytest.approx(t.interval(0.99, 99, 3.0, 0.1), rel=1e-12)
+    assert high - 3.0 > Score(0.0, 0.1, 100).interval(0.99)[1]
 
 
 # ---------------------------------------------------------------- calibration
@@ -144,3 +146,19 @@ def test_no_number_decides_on_the_edge_or_where_nothing_is_known():
     assert n_to_decide(Score(math.nan, math.nan, 0), 0.5) is None
     assert n_to_decide(Score(0.5, math.nan, 1), 0.5) is None
     assert n_to_decide(rate(500, 1000), 0.1, binary=True) is None  # decided already
+
+
+# ---------------------------------------------------------------- few values
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 30])
+def test_the_interval_of_a_few_values_covers_as_often_as_it_says(n):
+    """Student's law is exact for normal values: 99 of 100 intervals hold the truth."""
+    draws = np.random.default_rng(0).normal(size=(4000, n))
+    scores = [Score(x.mean(), x.std(ddof=1) / math.sqrt(n), n) for x in draws]
+    hits = sum(low <= 0 <= high for low, high in map(interval, scores))
+    assert abs(hits / 4000 - 0.99) < 4 * math.sqrt(0.99 * 0.01 / 4000)
+
+
+def test_one_value_decides_nothing():
+    assert verdict(Score(3.02, math.nan, 1), 3.0) == "undecided"

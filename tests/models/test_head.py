@@ -293,3 +293,16 @@ class TestMemory:
         found = chosen_log_prob(hidden, weight, bias, tokens) @ grad
         first, second = (torch.autograd.grad(found, hidden, retain_graph=True)[0] for _ in "ab")
         assert torch.equal(first, second)
+
+
+def test_without_a_gradient_nothing_is_kept(monkeypatch):
+    """A weight that is trained wants a gradient, but no_grad says that there will be none."""
+    calls, real = [], head._without
+    monkeypatch.setattr(head, "_without", lambda *a: calls.append(1) or real(*a))
+    hidden, weight, _, tokens, _ = layer(6, 4, 10)
+    weight.requires_grad_()
+    with torch.no_grad():
+        chosen_log_prob(hidden, weight, None, tokens)
+    assert not calls
+    chosen_log_prob(hidden, weight, None, tokens)
+    assert calls

@@ -18,6 +18,8 @@ from transformers import (
     LlamaForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from dmgen.models import CausalLM, Samples, passes
@@ -317,8 +319,8 @@ class TestCost:
         lm.log_prob(self.texts(*[1] * 30, *[5] * 3))
         assert rows == [48]  # the next multiple of 16 after 30 + 15, not 33 * 5
 
-    def test_no_shape_depends_on_how_long_the_texts_are(self, monkeypatch):
-        """A library keeps code for every shape of a product that it meets."""
+    def test_how_many_texts_have_ended_makes_few_shapes(self, monkeypatch):
+        """A library may keep code for every shape of a product that it meets."""
         lm = lm_of(tied_llama, scale=0.3, length=12)
         monkeypatch.setattr(passes, "_PASS_TOKENS_ON_CPU", 400)
         n_states, real = set(), passes.chosen_log_prob
@@ -385,3 +387,37 @@ def test_a_cache_goes_by_the_name_that_the_model_has_for_it(named):
         def forward(self, inputs, **options): ...
 
     assert passes._cache_argument(PassingOn()) == named
+
+
+def test_longrope_ends_where_its_frequencies_change():
+    """Beyond it, a text has another law when it is scored than while it is decoded."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.0, 1.0, 1.0],
+        "long_factor": [2.0, 4.0, 8.0, 16.0],
+    }
+    limits = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    options = SIZES | limits | {"pad_token_id": 0, "rope_parameters": rope}
+    lm = lm_of(lambda v: Phi3ForCausalLM(Phi3Config(vocab_size=v, **options)), scale=0.3, length=8)
+    samples = lm.sample(20, prompt="ab" * 4, seed=0)
+    torch.testing.assert_close(
+        lm.log_prob(samples), samples.log_prob, rtol=0, atol=contracts.FLOAT32
+    )
+    with pytest.raises(ValueError, match="context of 16"):
+        lm.sample(1, prompt="ab" * 8)
+
+
+def test_the_default_dtype_of_torch_does_not_matter():
+    torch.set_default_dtype(torch.float64)
+    try:
+        lm = CausalLM.from_pretrained("tiny-bios", device="cpu")
+        samples = lm.sample(3, seed=0)
+        gap = (lm.log_prob(samples) - samples.log_prob).abs().max()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert gap < 1e-3
+
+
+def test_no_texts_have_no_embeddings():
+    assert tiny_gpt2().embed([]).shape[0] == 0

@@ -1,15 +1,16 @@
 """The certificate of a policy, and the target that is made from it again."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import yaml
 
-from dmgen import runs
+from dmgen import EBM, features, runs
 from dmgen.report import write_model_card
 from dmgen.report.model_card import _row
-from dmgen.run_config import load_published
+from dmgen.run_config import RunConfig, load_published, save_target
 
 
 def test_the_card_holds_the_verdicts_and_prices(make_run):
@@ -74,3 +75,23 @@ def test_a_run_without_a_policy_has_no_card(make_run):
 def test_a_folder_without_the_file_is_refused(tmp_path, plain_base):
     with pytest.raises(ValueError, match=r"no dmgen\.json"):
         load_published(tmp_path, plain_base)
+
+
+def test_a_published_classifier_comes_with_the_policy(make_run, tmp_path, plain_base):
+    """On another machine there is neither the folder of the head nor the device of the run."""
+    folder = make_run("run")
+    head = features.ClassifierHead(
+        torch.zeros(2, 4), torch.tensor([0.0, 1.0]), ("a", "b"), base="tiny-bios"
+    )
+    head.save_pretrained(tmp_path / "head")
+    classifier = {"classifier": {"head": str(tmp_path / "head"), "label": "b"}}
+    config = RunConfig(base="tiny-bios", constraints=[{"pointwise": classifier}], device="cuda:7")
+    runs.write_config(folder, config.to_mapping())
+    target = EBM(plain_base, config.build_constraints())
+    save_target(folder, target)
+    write_model_card(folder)
+    shutil.rmtree(tmp_path / "head")
+    moved = shutil.move(folder / "policy", tmp_path / "elsewhere")
+    found = load_published(moved, plain_base)
+    assert [c.name for c in found.constraints] == [c.name for c in target.constraints]
+    assert load_published(moved).base.model.device.type in ("cpu", "cuda")

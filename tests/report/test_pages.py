@@ -5,11 +5,13 @@ import re
 from xml.etree import ElementTree
 
 import pytest
+import yaml
 
 from dmgen import runs
 from dmgen.report import plots, write_comparison, write_report
 from dmgen.report.compare_page import group_names
-from dmgen.report.read import RunRecord
+from dmgen.report.panels import Curves
+from dmgen.report.read import RunRecord, bases_of, goals_of
 from dmgen.run_config import RunConfig
 
 pytest.importorskip("matplotlib")
@@ -159,3 +161,21 @@ def test_without_matplotlib_it_says_what_to_install(make_run, monkeypatch):
     monkeypatch.setattr("dmgen.report.plots.find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r"pip install 'dmgen\[plots\]'"):
         write_report(make_run("run"))
+
+
+def test_what_runs_do_not_share_is_not_drawn_for_all(make_run):
+    """Of two targets neither is that of both runs, and a base is that of its own prompt."""
+    first, other = make_run("a"), make_run("b")
+    config = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8"))
+    config["constraints"][0]["target"], config["prompt"] = 0.6, "She"
+    runs.write_config(other, config)
+    alike, differ = ([RunRecord.read(f) for f in pair] for pair in ((first, first), (first, other)))
+    assert goals_of(alike) == {"female": 0.5}
+    assert bases_of(alike).keys() == {"female"}
+    assert goals_of(differ) == bases_of(differ) == {}
+    labels = []
+    for records in (alike, differ):
+        (panel, *_) = Curves(records, [("GDC++", 0), ("GDC", 0)]).moments()
+        labels.append(panel.figure.axes[0].get_legend_handles_labels()[1])
+    assert "base" in labels[0]
+    assert "base" not in labels[1]

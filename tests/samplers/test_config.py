@@ -1,8 +1,10 @@
 """Settings: what is refused, and the learning rate at every step."""
 
 import dataclasses
+import json
 import math
 
+import numpy as np
 import pytest
 
 from dmgen.samplers.config import OPTIMIZERS, PROPOSAL_RULES, SCHEDULES, TrainerConfig
@@ -112,3 +114,12 @@ def test_cosine_decay_is_half_a_cosine():
     expected = [0.5 + 0.5 * math.cos(math.pi * step / 4) for step in range(5)]
     assert [config.share_at(step) for step in range(5)] == pytest.approx(expected, abs=1e-12)
     assert config.share_at(9) == 0.0
+
+
+def test_numbers_of_numpy_become_plain_ones_which_a_checkpoint_can_hold():
+    config = TrainerConfig(
+        batch_size=np.int64(64), learning_rate=np.float32(0.5), seed=np.int64(3), base_share=0
+    )
+    assert json.loads(json.dumps(dataclasses.asdict(config)))["learning_rate"] == 0.5
+    assert (type(config.seed), type(config.batch_size)) == (int, int)
+    assert config == TrainerConfig(batch_size=64, learning_rate=0.5, seed=3)

@@ -11,6 +11,8 @@ from conftest import as_table, tiny_gpt2
 
 import dmgen
 from dmgen import runs
+from dmgen.samplers import checkpoint
+from dmgen.samplers.objectives import advantage
 from dmgen.samplers.trainer import Trainer
 
 MATCHING = [dmgen.DPG, dmgen.GDC, dmgen.GDCpp, dmgen.FDPG, dmgen.VarGrad]
@@ -512,3 +514,96 @@ def test_an_evaluation_is_of_what_training_would_leave(base, target, tmp_path, d
     dmgen.GDCpp(other, target, config(average_decay=decay, warmup_steps=0)).train(4)
     for a, b in zip(policy.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_proposal_is_tested_as_the_mixture_that_texts_come_from(base, target):
+    """A policy that equals the proposal makes the same mixture, so no text speaks for it."""
+    q = dmgen.TabularLM.random("abc.", 4, eos=".", seed=5)
+    settings = config(base_share=0.25, learning_rate=1e-12, proposal_every=5)
+    sampler = dmgen.GDC(q.copy(), target, settings, proposal=q)
+    assert not sampler.train(4)["proposal_updated"].any()
+    log_w, log_ratio = sampler.since_change
+    assert len(log_w) == 4 * 256
+    torch.testing.assert_close(log_ratio, torch.zeros_like(log_ratio), rtol=0, atol=1e-9)
+    # While texts come from the base alone, it is the mixture that would follow.
+    first = dmgen.GDC(q.copy(), target, settings)
+    first.train(1)
+    samples = base.sample(256, generator=dmgen.GDC(q.copy(), target, settings).generator)
+    share = q.log_prob(samples).exp() / samples.log_prob.exp()
+    torch.testing.assert_close(first.since_change[1], torch.log(0.75 * share + 0.25), atol=1e-6,
+                               rtol=0)  # fmt: skip
+
+
+def test_texts_of_the_fit_say_nothing_of_another_proposal(base, target):
+    """They are the base's: log π − log a is not log π − log q."""
+    log_score = target.log_score(base.enumerate())
+    best = as_table(base, log_score - log_score.logsumexp(0))
+    settings = config(first_batches_from_fit=True, proposal_every=5, learning_rate=1e-3)
+    sampler = dmgen.GDC(base.copy(), target, settings, proposal=best)
+    assert not sampler.train(10)["proposal_updated"].any()
+    assert sampler.since_change.shape == (2, 0)
+    sampler.train(10)  # 15 batches of the 4,000 texts, and five drawn
+    assert sampler.since_change.shape == (2, 5 * 256)
+
+
+def test_first_batches_need_texts_of_a_fit(base, target):
+    declared = dmgen.EBM(base, target.constraints, target.lambdas.tolist())
+    for given, size in ((declared, 256), (target, 4001)):
+        sampler = dmgen.GDC(
+            base.copy(), given, config(first_batches_from_fit=True, batch_size=size)
+        )
+        with pytest.raises(ValueError, match=r"a batch of \d+ at least, and the target has"):
+            sampler.train(1)
+
+
+def test_what_the_proposal_is_tested_on_is_bounded_and_resumed(base, target, tmp_path):
+    settings = config(proposal_every=1, learning_rate=1e-12)
+    far = base.copy()
+    with torch.no_grad():
+        far.logits.mul_(3.0)  # it will not be closer
+    sampler = dmgen.GDC(far.copy(), target, settings)
+    sampler.train(12, out=tmp_path)
+    assert sampler.since_change.shape == (2, 12 * 256)
+    resumed = dmgen.GDC(far.copy(), target, settings)
+    resumed.resume(tmp_path)
+    assert torch.equal(resumed.since_change, sampler.since_change)
+    sampler.train(13)
+    resumed.train(13)
+    assert sampler.since_change.shape == (2, 20 * 256)
+    assert torch.equal(resumed.since_change, sampler.since_change)
+
+
+def test_an_interrupted_run_leaves_the_average_too(base, target):
+    policy, weights = base.copy(), []
+
+    def stop(row):
+        weights.append(policy.logits.detach().clone())
+        if len(weights) == 4:
+            raise KeyboardInterrupt
+
+    sampler = dmgen.GDCpp(policy, target, config(average_decay=0.9))
+    with pytest.raises(KeyboardInterrupt):
+        sampler.train(10, log=stop)
+    torch.testing.assert_close(policy.logits.detach(), torch.stack(weights).mean(0))
+    sampler.train(1, log=stop)
+    assert torch.equal(sampler.average.policy.logits, policy.logits)
+
+
+def test_the_last_checkpoint_is_written_once(base, target, tmp_path, monkeypatch):
+    steps, save = [], checkpoint.save
+    monkeypatch.setattr(checkpoint, "save", lambda s, out: steps.append(s.step) or save(s, out))
+    sampler = dmgen.GDC(base.copy(), target, config(checkpoint_every=3))
+    sampler.train(6, tmp_path)
+    sampler.train(1, tmp_path)
+    assert steps == [3, 6, 7]
+
+
+def test_gdc_does_not_need_log_policy_however_improbable_a_text_is():
+    """Beyond e^709, 1/q overflows: a text of some 200 tokens of GPT-2."""
+    log_q = torch.tensor([-700.0, -800.0, -5000.0], dtype=torch.float64)
+    for method, baseline in (("gdc", None), ("dpg", None), ("gdc++", "none")):
+        a = advantage(
+            method, log_q + torch.tensor([0.0, 1.0, -1.0]), log_q, torch.zeros(3), 0.0,
+            baseline=baseline,
+        )  # fmt: skip
+        torch.testing.assert_close(a, torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64).exp())
