@@ -103,8 +103,9 @@ def cost(throughput: Result) -> str:
 def expected_seconds(result: Result, throughput: Result) -> float:
     """What the phases of a step take in throughput.py, each as often as this run needs it.
 
-    The median step of GDC and GDC++ is one before the proposal moves, so that log a is known. GDC
-    scores those texts alone that have no gradient. A classifier reads each text: a pass more.
+    The median step of GDC and GDC++ is one before the proposal moves: texts are the base's, and
+    log a is known. GDC scores those texts alone that have no gradient, since they miss a hard
+    constraint. A classifier reads each text: a pass more.
     """
     middle = {
         variant: {phase: statistics.median(x) for phase, x in phases.items() if x}
@@ -115,14 +116,9 @@ def expected_seconds(result: Result, throughput: Result) -> float:
     if result["config"]["trainer"]["average_decay"]:
         return features + middle["dmgen bf16 improved"]["step"]
     hard = result["method"] == "GDC" and 1.0 in asked(result).values()
-    share = hits(result) if hard else 1.0
-    return features + one["sample"] + share * one["backward"] + (1 - share) * one["score"]
-
-
-def hits(result: Result) -> float:
-    """The share of texts that satisfy the one hard constraint, between the start and the end."""
     ((name, _),) = asked(result).items()
-    return (of_base(result)[name][0] + final(result)[name][0]) / 2
+    share = of_base(result)[name][0] if hard else 1.0
+    return features + one["sample"] + share * one["backward"] + (1 - share) * one["score"]
 
 
 def outlook() -> str:

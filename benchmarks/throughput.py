@@ -8,7 +8,8 @@ Phases: draw N texts of the policy with log-probabilities, score them under the 
 backward of the policy, and the whole step with features, weights, optimiser and diagnostics.
 
 - dmgen: as `Trainer` does it, in float32 and in bfloat16 (float32 master weights); "improved" is a
-  step of the grid's improved setting, a quarter of whose texts are the base's.
+  step of the grid's improved setting, a quarter of whose texts are the base's (the average of the
+  weights is put into the policy after each step here, in a run once at its end).
 - plain: transformers' `generate` with `output_scores`, a log-softmax of all scores, a log-softmax
   of all logits for scoring and for the gradient, micro-batches of the same size, Adam.
 - trl: a step of TRL's RLOO trainer with a reference model, where TRL is installed (`pip install

@@ -25,7 +25,7 @@ def save(sampler: Trainer, folder: Path) -> None:
     tensors |= {f"average.{k}": v for k, v in sampler.average.weights.items()}
     for i, state in sampler.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    tensors["since_change"] = sampler.since_change
+    tensors["since_change"] = sampler.comparison.seen
     tensors |= {f"own.{k}": v for k, v in sampler.own_state.items()}
     tensors["generator"] = sampler.generator.get_state()
     facts = {
@@ -85,7 +85,8 @@ def load(sampler: Trainer, folder: Path) -> None:
         {"state": state, "param_groups": sampler.optimizer.state_dict()["param_groups"]}
     )
     # A checkpoint of an older version leaves it out where it is empty.
-    sampler.since_change = tensors.get("since_change", torch.empty(2, 0, dtype=torch.float64))
+    sampler.comparison.clear()
+    sampler.comparison.seen = tensors.get("since_change", sampler.comparison.seen)
     sampler.generator.set_state(tensors["generator"])
     sampler.step, sampler.n_drawn = facts["step"], facts["samples"]
     sampler.seconds = facts["seconds"]

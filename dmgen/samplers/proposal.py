@@ -11,11 +11,15 @@ from torch import Tensor
 
 from dmgen import log_weights
 from dmgen.models.base import LanguageModel, Samples
+from dmgen.samplers.config import TrainerConfig
 
 # A one-sided 95 % test: the policy must be closer to the target than the proposal is by this many
 # standard errors, on at least this effective number of texts.
 _CLOSER = 1.645
 _MIN_ESS = 20.0
+# They are compared on the texts of so many rounds of `proposal_every` steps: older ones tell of a
+# policy that is gone.
+_MOST_ROUNDS = 20
 
 
 def draw_rows(
@@ -67,8 +71,50 @@ def draw_mixture(
     """
     log_base = torch.cat([s.log_prob if m is base else base.log_prob(s) for m, s in drawn])
     log_q = torch.cat([s.log_prob if m is q else q.log_prob(s) for m, s in drawn])
-    log_mixture = torch.logaddexp(log_q + math.log1p(-share), log_base + math.log(share))
+    log_mixture = _mixture(log_q, log_base, share)
     return replace(Samples.cat([s for _, s in drawn]), log_prob=log_mixture), log_base, log_q
+
+
+def _mixture(log_q: Tensor, log_base: Tensor, share: float) -> Tensor:
+    return torch.logaddexp(log_q + math.log1p(-share), log_base + math.log(share))
+
+
+class Comparison:
+    """What the texts of the last steps, since q was replaced, say of policy and proposal.
+
+    Args:
+        rule: "kl" or "tv", see `is_closer`; others compare nothing.
+        config: settings of the run.
+    """
+
+    def __init__(self, rule: str, config: TrainerConfig) -> None:
+        self.rule, self.share = rule, config.base_share
+        self.most = _MOST_ROUNDS * config.proposal_every * config.batch_size
+        self.clear()
+
+    def clear(self) -> None:
+        """Forgets what was seen: the proposal is another one."""
+        self.seen = torch.empty(2, 0, dtype=torch.float64)
+
+    def add(
+        self, log_w: Tensor, log_q: Tensor, log_policy: Tensor, log_base: Tensor | None
+    ) -> None:
+        """Takes note of a batch, all `(N,)`, nats.
+
+        With a share of the base, q is the mixture that texts are drawn from, and π makes another
+        one: the two mixtures are compared. So there log a must be known.
+        """
+        if self.rule not in ("kl", "tv"):
+            return
+        if log_base is not None:
+            log_policy = _mixture(log_policy, log_base, self.share)
+        batch = torch.stack([log_w, log_policy - log_q])
+        self.seen = torch.cat([self.seen, batch], dim=1)[:, -self.most :]
+
+    def is_won(self, log_z: float) -> bool:
+        """Whether the policy is measurably closer to the target."""
+        log_w, log_ratio = self.seen
+        return bool(log_w.numel()) and is_closer(self.rule, log_w, log_ratio, log_z)
 
 
 def is_closer(rule: str, log_w: Tensor, log_ratio: Tensor, log_z: float) -> bool:

@@ -31,16 +31,13 @@ from dmgen.samplers.objectives import (
     needs_whole_batch,
 )
 from dmgen.samplers.processes import Processes
-from dmgen.samplers.proposal import draw_mixture, draw_rows, is_closer
+from dmgen.samplers.proposal import Comparison, draw_mixture, draw_rows
 from dmgen.samplers.subset import inclusion_probabilities, systematic_sample
 from dmgen.samplers.z_pool import ZPool
 
 # learning_rate "auto": where it begins, how far it may move in a step, and on how many texts the
 # KL of a step is measured.
 _FIRST_RATE, _SLOWEST, _FASTEST, _N_MEASURED = 1e-5, 0.5, 1.3, 128
-# Policy and proposal are compared on the texts of so many rounds of `proposal_every` steps at most:
-# older ones tell of a policy that is gone.
-_MOST_TESTS = 20
 
 
 class Trainer:
@@ -102,8 +99,7 @@ class Trainer:
         # Of the texts since Z was last compared with what was known before.
         self.z_round = ZPool()
         self.average = WeightAverage(policy, config.average_decay)
-        # What the proposal is tested on, (2, N): see `_remember`.
-        self.since_change = torch.empty(2, 0, dtype=torch.float64)
+        self.comparison = Comparison(self.proposal_rule, config)
         self.history: list[dict[str, Any]] = []
         # What a method keeps beside the policy: checkpoints hold it, `resume` fills it in place.
         self.own_state: dict[str, Tensor] = {}
@@ -172,7 +168,7 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         """One step: draw, weigh, backward, update, test the proposal; a row of metrics."""
-        started = time.monotonic()
+        started, config = time.monotonic(), self.config
         from_fit = self._from_fit()
         samples, log_base, log_policy = self._draw()
         # log q is what was recorded while drawing; it is never computed again.
@@ -206,7 +202,8 @@ class Trainer:
         row = self._row(log_q, log_score, log_policy, a, values) | extra
         # Texts of the fit are the base's, whatever the proposal is.
         if not from_fit or self.proposal is self.target.base:
-            self._remember(log_w, log_q, log_policy, log_base)
+            known = gather(log_base) if config.base_share and log_base is not None else None
+            self.comparison.add(log_w, log_q, log_policy, known)
         row["proposal_updated"] = self._move_proposal()
         row["log_z_drift"] = self._drift()
         self.seconds += time.monotonic() - started
@@ -367,41 +364,19 @@ class Trainer:
         self.rate *= min(max(factor, _SLOWEST), _FASTEST)
         return moved_by
 
-    def _remember(
-        self, log_w: Tensor, log_q: Tensor, log_policy: Tensor, log_base: Tensor | None
-    ) -> None:
-        """Keeps what the proposal is tested on: texts of the last steps since it was replaced.
-
-        With `base_share`, q is the mixture that texts are drawn from, and π makes another one.
-        """
-        if self.proposal_rule in ("policy", "never"):
-            return
-        share = self.config.base_share
-        if share and log_base is not None:
-            log_policy = torch.logaddexp(
-                log_policy + math.log1p(-share), self.processes.gather(log_base) + math.log(share)
-            )
-        ratios = torch.stack([log_w, log_policy - log_q])
-        seen = torch.cat([self.since_change, ratios], dim=1)
-        most = _MOST_TESTS * self.config.proposal_every * self.config.batch_size
-        self.since_change = seen[:, -most:]
-
     def _move_proposal(self) -> bool:
         """Replaces q by π if the texts since the last change say that π is closer to the target.
 
         A paired test on the very texts trained on, each with the policy as it was then (no text is
         scored again), so it lags a little behind the policy, on the safe side.
         """
-        if self.proposal_rule in ("policy", "never") or self.step % self.config.proposal_every:
-            return False
-        log_w, log_ratio = self.since_change
-        if not log_w.numel() or not is_closer(self.proposal_rule, log_w, log_ratio, self.z.log_z):
+        if self.step % self.config.proposal_every or not self.comparison.is_won(self.z.log_z):
             return False
         if self.proposal is self.first_proposal:
             self.proposal = self.policy.copy()
         else:
             self.proposal.load_state_dict(self.policy.state_dict())
-        self.since_change = torch.empty(2, 0, dtype=torch.float64)
+        self.comparison.clear()
         return True
 
     def _drift(self) -> float:

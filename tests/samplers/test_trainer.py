@@ -522,7 +522,7 @@ def test_the_proposal_is_tested_as_the_mixture_that_texts_come_from(base, target
     settings = config(base_share=0.25, learning_rate=1e-12, proposal_every=5)
     sampler = dmgen.GDC(q.copy(), target, settings, proposal=q)
     assert not sampler.train(4)["proposal_updated"].any()
-    log_w, log_ratio = sampler.since_change
+    log_w, log_ratio = sampler.comparison.seen
     assert len(log_w) == 4 * 256
     torch.testing.assert_close(log_ratio, torch.zeros_like(log_ratio), rtol=0, atol=1e-9)
     # While texts come from the base alone, it is the mixture that would follow.
@@ -530,7 +530,7 @@ def test_the_proposal_is_tested_as_the_mixture_that_texts_come_from(base, target
     first.train(1)
     samples = base.sample(256, generator=dmgen.GDC(q.copy(), target, settings).generator)
     share = q.log_prob(samples).exp() / samples.log_prob.exp()
-    torch.testing.assert_close(first.since_change[1], torch.log(0.75 * share + 0.25), atol=1e-6,
+    torch.testing.assert_close(first.comparison.seen[1], torch.log(0.75 * share + 0.25), atol=1e-6,
                                rtol=0)  # fmt: skip
 
 
@@ -541,9 +541,9 @@ def test_texts_of_the_fit_say_nothing_of_another_proposal(base, target):
     settings = config(first_batches_from_fit=True, proposal_every=5, learning_rate=1e-3)
     sampler = dmgen.GDC(base.copy(), target, settings, proposal=best)
     assert not sampler.train(10)["proposal_updated"].any()
-    assert sampler.since_change.shape == (2, 0)
+    assert sampler.comparison.seen.shape == (2, 0)
     sampler.train(10)  # 15 batches of the 4,000 texts, and five drawn
-    assert sampler.since_change.shape == (2, 5 * 256)
+    assert sampler.comparison.seen.shape == (2, 5 * 256)
 
 
 def test_first_batches_need_texts_of_a_fit(base, target):
@@ -563,14 +563,14 @@ def test_what_the_proposal_is_tested_on_is_bounded_and_resumed(base, target, tmp
         far.logits.mul_(3.0)  # it will not be closer
     sampler = dmgen.GDC(far.copy(), target, settings)
     sampler.train(12, out=tmp_path)
-    assert sampler.since_change.shape == (2, 12 * 256)
+    assert sampler.comparison.seen.shape == (2, 12 * 256)
     resumed = dmgen.GDC(far.copy(), target, settings)
     resumed.resume(tmp_path)
-    assert torch.equal(resumed.since_change, sampler.since_change)
+    assert torch.equal(resumed.comparison.seen, sampler.comparison.seen)
     sampler.train(13)
     resumed.train(13)
-    assert sampler.since_change.shape == (2, 20 * 256)
-    assert torch.equal(resumed.since_change, sampler.since_change)
+    assert sampler.comparison.seen.shape == (2, 20 * 256)
+    assert torch.equal(resumed.comparison.seen, sampler.comparison.seen)
 
 
 def test_an_interrupted_run_leaves_the_average_too(base, target):
