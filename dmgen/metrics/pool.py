@@ -199,8 +199,6 @@ class Pool:
         log_z = log_weights.log_z(log_w)[0]
         g = torch.exp(log_w - log_z)  # NaN throughout if Z = 0
         t = torch.where(log_w > -math.inf, self.log_score - log_other, 0.0)
-        if bool(t.isposinf().any()):  # where g has underflowed too
-            return math.inf, torch.full_like(g, math.nan)
         mean = float((g * t).mean())
         return mean - log_z, g * (t - mean) - (g - 1)
 
