@@ -62,7 +62,8 @@ class MomentFit:
             also the error of a fresh estimate of them from as many samples.
         base_moments, base_moments_stderr: moments of the base on the samples with positive weight.
         targets: (K,), or (K, 2) for intervals.
-        hits: samples of positive weight whose feature is not 0.
+        hits: samples of positive weight whose feature is not 0; given a condition, whose statistic
+            is not.
         log_z, log_z_stderr: `logsumexp(lw + lambda·phi) - logsumexp(lw)`, nats.
         kl_target_base, kl_target_base_stderr: KL(p‖a) = lambda·target - log Z, nats.
         ess: effective number of samples under p.

@@ -35,7 +35,8 @@ class CausalLM:
     dropout is off: importance weights need a deterministic law.
 
     Args:
-        model: a causal language model of transformers.
+        model: a causal language model of transformers. It is taken over, not copied: frozen, and
+            with layers and attention of its own kind replaced, see below.
         tokenizer: its tokenizer; it must have an EOS.
         max_new_tokens: default length of a text, in tokens.
         dtype: precision of computing, under autocast if it is half; None takes that of the weights.
@@ -165,6 +166,7 @@ class CausalLM:
         Raises:
             ValueError: the prompt and text do not fit the model's context, both seed and generator
                 are given, a size is not positive, or the model gives NaN.
+            TypeError: there are several prompts.
         """
         length = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         start = self._prompt_ids(prompt, length)
