@@ -114,6 +114,8 @@ class Curves:
             caption = "Dashed: what was asked, in the band that a verdict allows."
             if name not in asked:
                 caption = "It is part of a condition; of itself nothing was asked of it."
+                if any(name == c.name for r in self.records for c in r.constraints):
+                    caption = "Not all runs were asked the same of it."
             panels.append(Panel(f"moment-{i + 1}", figure, f"Mean of {name}", caption))
         return panels
 

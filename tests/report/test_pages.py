@@ -179,3 +179,4 @@ def test_what_runs_do_not_share_is_not_drawn_for_all(make_run):
         labels.append(panel.figure.axes[0].get_legend_handles_labels()[1])
     assert "base" in labels[0]
     assert "base" not in labels[1]
+    assert panel.caption == "Not all runs were asked the same of it."
