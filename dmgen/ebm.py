@@ -63,7 +63,7 @@ class EBM:
         self.base = base
         self.constraints = list(constraints)
         self.prompt = prompt
-        self.max_new_tokens = base.max_new_tokens if max_new_tokens is None else max_new_tokens
+        self.max_new_tokens = int(base.max_new_tokens if max_new_tokens is None else max_new_tokens)
         self.features = _distinct_features(self.constraints)
         self.moment_fit: MomentFit | None = None
         self.log_z: Score | None = None

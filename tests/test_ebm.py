@@ -1,7 +1,9 @@
 """Targets against sums over every text: scores, refusals when made, the cache, what is printed."""
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -270,3 +272,11 @@ def test_to_dict_is_plain_and_exact(world):
         "prompt": "",
         "max_new_tokens": 4,
     }
+
+
+def test_numbers_of_numpy_are_plain_in_to_dict(world):
+    """A checkpoint holds it as JSON, written after the work of many steps."""
+    moment = Moment(HAS_A, np.float32(0.5))
+    target = EBM(world, [moment], [np.float32(0.25)], max_new_tokens=np.int64(3))
+    plain = EBM(world, [Moment(HAS_A, 0.5)], [0.25], max_new_tokens=3)
+    assert json.loads(json.dumps(target.to_dict())) == json.loads(json.dumps(plain.to_dict()))
