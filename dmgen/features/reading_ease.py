@@ -129,6 +129,7 @@ def n_syllables(word: str) -> int:
 
 
 def _reading_ease(text: str) -> float | None:
+    text = unicodedata.normalize("NFC", text)
     words = _WORD.findall(text)
     if not words:
         return None

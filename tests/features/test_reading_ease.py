@@ -1,4 +1,5 @@
 import math
+import unicodedata
 
 import pytest
 from hypothesis import given
@@ -187,3 +188,11 @@ def test_case_accents_and_other_alphabets():
     assert n_syllables("Köln") == 1
     assert n_syllables("table's") == n_syllables("table’s") == n_syllables("tables")
     assert n_syllables("漢字") == 1
+
+
+def test_accents_may_be_signs_of_their_own():
+    text = "She sent her résumé to a café in Orléans, naïve as she was."
+    apart = unicodedata.normalize("NFD", text)
+    assert len(apart) > len(text)
+    f = features.readability()
+    assert f([apart]).tolist() == f([text]).tolist()

@@ -1,4 +1,5 @@
 import re
+import unicodedata
 from importlib.resources import files
 
 import pytest
@@ -92,6 +93,14 @@ class TestWordlist:
         f = features.wordlist(["C++", ".net", "r&b"], name="f")
         texts = ["in C++, yes", "C+", "c++", "C++x", "the .NET", "R&B", "a.net"]
         assert f(texts).tolist() == [1, 0, 1, 0, 1, 1, 0]
+
+    def test_an_accent_belongs_to_its_letter_however_it_is_written(self):
+        apart = "at the cafe\u0301, later"
+        for text in (apart, unicodedata.normalize("NFC", apart)):
+            assert features.word("café")([text]).tolist() == [1]
+            assert features.word("cafe\u0301")([text]).tolist() == [1]
+            assert features.word("cafe")([text]).tolist() == [0]
+            assert features.wordlist(["tea", "café"], name="x")([text]).tolist() == [1]
 
     def test_both_apostrophes(self):
         f = features.wordlist(["knight's cross"], name="f")
