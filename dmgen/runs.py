@@ -13,7 +13,6 @@ report.html            all of it on one page
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shutil
@@ -26,6 +25,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from dmgen.score import finite
 
 _KEPT_CHECKPOINTS = 2
 
@@ -74,10 +75,7 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    plain = {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value
-        for key, value in row.items()
-    }
+    plain = {k: finite(v) if isinstance(v, float) else v for k, v in row.items()}
     return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
 
 

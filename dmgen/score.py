@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-__all__ = ["Score"]
+__all__ = ["Score", "finite"]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class Score:
             raise ValueError(f"level must be strictly between 0 and 1, got {level}")
         half = NormalDist().inv_cdf(0.5 + level / 2) * self.stderr
         return self.value - half, self.value + half
+
+
+def finite(x: float) -> float | None:
+    """The number, or None for NaN and infinities, which JSON does not have."""
+    return x if math.isfinite(x) else None
 
 
 def _exponent(x: float) -> int | None:

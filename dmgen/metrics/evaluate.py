@@ -21,7 +21,7 @@ from dmgen.metrics.diversity import distinct_n, self_bleu
 from dmgen.metrics.pool import MODELS, Pool
 from dmgen.metrics.verdicts import TOLERANCE, interval, n_to_decide, verdict
 from dmgen.models.base import LanguageModel, Samples
-from dmgen.score import Score
+from dmgen.score import Score, finite
 
 __all__ = ["Evaluation", "MomentRow", "evaluate"]
 
@@ -158,7 +158,7 @@ class Evaluation:
             low, high = m.interval
             rows.append(
                 _row(name, "policy", m.policy)
-                | {"target": m.target, "low": _finite(low), "high": _finite(high)}
+                | {"target": m.target, "low": finite(low), "high": finite(high)}
                 | {"verdict": m.verdict, "n_to_decide": m.n_to_decide}
             )
         rows += [_row(name, "", getattr(self, name)) for name in _DISTANCES]
@@ -268,16 +268,11 @@ def _row(metric: str, model: str, score: Score) -> dict[str, Any]:
     return {
         "metric": metric,
         "model": model,
-        "value": _finite(score.value),
-        "stderr": _finite(score.stderr),
+        "value": finite(score.value),
+        "stderr": finite(score.stderr),
         "n": score.n,
         "signature": score.signature,
     }
-
-
-def _finite(x: float) -> float | None:
-    """None for NaN and infinities, which JSON does not have."""
-    return x if math.isfinite(x) else None
 
 
 def _text(target: float | tuple[float, float]) -> str:

@@ -127,7 +127,7 @@ class Trainer:
         config, given = self.config, self.target.fit_samples
         if config.first_batches_from_fit and not self.step and len(given or ()) < config.batch_size:
             raise ValueError(
-                f"first_batches_from_fit needs the texts that λ was fitted on, a batch of "
+                "first_batches_from_fit needs the texts that λ was fitted on, a batch of "
                 f"{config.batch_size} at least, and the target has {len(given or ())}: fit it by "
                 "EBM.fit(base, ...) on more, without a proposal, or leave the setting out"
             )
@@ -168,7 +168,7 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         """One step: draw, weigh, backward, update, test the proposal; a row of metrics."""
-        started, config = time.monotonic(), self.config
+        started = time.monotonic()
         from_fit = self._from_fit()
         samples, log_base, log_policy = self._draw()
         # log q is what was recorded while drawing; it is never computed again.
@@ -202,8 +202,9 @@ class Trainer:
         row = self._row(log_q, log_score, log_policy, a, values) | extra
         # Texts of the fit are the base's, whatever the proposal is.
         if not from_fit or self.proposal is self.target.base:
-            known = gather(log_base) if config.base_share and log_base is not None else None
-            self.comparison.add(log_w, log_q, log_policy, known)
+            mixed = log_base if self.config.base_share else None
+            log_a = None if mixed is None else gather(mixed)
+            self.comparison.add(log_w, log_q, log_policy, log_a)
         row["proposal_updated"] = self._move_proposal()
         row["log_z_drift"] = self._drift()
         self.seconds += time.monotonic() - started
@@ -370,7 +371,8 @@ class Trainer:
         A paired test on the very texts trained on, each with the policy as it was then (no text is
         scored again), so it lags a little behind the policy, on the safe side.
         """
-        if self.step % self.config.proposal_every or not self.comparison.is_won(self.z.log_z):
+        due = self._is_due(self.config.proposal_every)
+        if not due or not self.comparison.is_won(self.z.log_z):
             return False
         if self.proposal is self.first_proposal:
             self.proposal = self.policy.copy()
@@ -381,7 +383,7 @@ class Trainer:
 
     def _drift(self) -> float:
         """How far the latest estimate of log Z is from the one before, in standard errors."""
-        if self.step % self.config.proposal_every:
+        if not self._is_due(self.config.proposal_every):
             return math.nan
         drift = self.z_round.drift_from(self.z_before)
         self.z_before, self.z_round = self.z, ZPool()
