@@ -117,11 +117,10 @@ class TrainerConfig:
             f"step_kl must be positive and finite, got {self.step_kl}",
         )
         _need(0 <= self.base_share < 1, f"base_share must lie in [0, 1), got {self.base_share}")
-        n_base = round(self.base_share * self.batch_size)
         _need(
-            not self.base_share or 0 < n_base < self.batch_size,
-            f"base_share {self.base_share} of a batch of {self.batch_size} is {n_base} texts: it "
-            "must be some of them, and not all",
+            not self.base_share or 0 < self.n_base < self.batch_size,
+            f"base_share {self.base_share} of a batch of {self.batch_size} is {self.n_base} texts: "
+            "it must be some of them, and not all",
         )
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
@@ -147,6 +146,11 @@ class TrainerConfig:
             self.max_grad_norm is None or self.max_grad_norm > 0,
             f"max_grad_norm must be None or positive, got {self.max_grad_norm}",
         )
+
+    @property
+    def n_base(self) -> int:
+        """Texts of a batch that `base_share` takes from the base."""
+        return round(self.base_share * self.batch_size)
 
     def share_at(self, step: int) -> float:
         """The share of the peak learning rate that the step after `step` steps takes."""

@@ -88,7 +88,8 @@ class Comparison:
     """
 
     def __init__(self, rule: str, config: TrainerConfig) -> None:
-        self.rule, self.share = rule, config.base_share
+        # Of whole texts: not always base_share itself.
+        self.rule, self.share = rule, config.n_base / config.batch_size
         self.most = _MOST_ROUNDS * config.proposal_every * config.batch_size
         self.clear()
 

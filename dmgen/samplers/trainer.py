@@ -229,7 +229,7 @@ class Trainer:
             first = self.step * size
             samples = given[first + self.rows.start : first + self.rows.stop]
             return samples, samples.log_prob, None
-        n_base = 0 if self.proposal is base else round(config.base_share * size)
+        n_base = 0 if self.proposal is base else config.n_base
         log_base: Tensor | None
         drawn = draw_rows(
             [(base, n_base), (self.proposal, size - n_base)],

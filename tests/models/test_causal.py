@@ -125,6 +125,10 @@ class TestEnd:
             assert used == (int(is_eos[i].nonzero()[0]) + 1 if ended else 4)
             assert text == "".join("_abc"[t] for t in samples.tokens[i, :used] if t != 0)
 
+    def test_a_text_has_no_special_tokens(self, llama_lm):
+        tokens = torch.tensor([[2, 0, 3, 1]])  # a, the BOS, b, the EOS
+        assert hugging_face.texts_of(llama_lm.tokenizer, tokens, tokens != 1) == ["ab"]
+
     def test_the_eos_is_scored(self, gpt2_lm):
         samples = gpt2_lm.sample(100, seed=0)
         ended = samples[samples.tokens[:, 0] == 0]

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import letters
 
-from dmgen.models.base import Samples
+from dmgen.models import CausalLM, Samples
 
 
 @pytest.fixture(params=["gpt2", "llama"])
@@ -39,3 +40,11 @@ def test_a_text_longer_than_the_context_is_read_as_far_as_it_fits(model):
     found = model.embed([whole, whole + "bc" * 40])
     torch.testing.assert_close(found[0], by_hand(model, whole), rtol=1e-5, atol=1e-6)
     assert torch.equal(found[0], found[1])
+
+
+def test_what_looks_like_a_special_token_is_plain_text(gpt2_lm):
+    model = CausalLM(gpt2_lm.model, letters("cab", bos="cab", eos="cab"), max_new_tokens=4)
+    assert model.tokenizer("acabb")["input_ids"] == [1, 0, 2]
+    found = model.embed(["acabb"])[0]
+    # The letters of gpt2_lm have the same ids, and its special token cannot be spelled by them.
+    torch.testing.assert_close(found, by_hand(gpt2_lm, "acabb"), rtol=1e-5, atol=1e-6)

@@ -1,9 +1,12 @@
 """What texts are drawn from: mixtures with the base, and a proposal of the caller's."""
 
+import math
+
 import pytest
 import torch
 
 import dmgen
+from dmgen.samplers.proposal import is_closer
 
 
 @pytest.mark.parametrize("rule", ["policy", "kl"])
@@ -45,3 +48,29 @@ def test_the_caller_s_proposal_is_never_changed(base, target):
     own = sampler.proposal
     assert sampler.train(40)["proposal_updated"][40:].any()
     assert sampler.proposal is own
+
+
+@pytest.mark.parametrize("rule", ["kl", "tv"])
+def test_an_equal_policy_is_called_closer_one_time_in_twenty(rule):
+    """π is as far from p as q is: some texts are up to 10 % more probable, some less."""
+    generator = torch.Generator().manual_seed(0)
+    n_tests, n = 4000, 200
+    # p/q is 2 or 1/2, whatever π is.
+    often, moved = torch.rand(2, n_tests, n, generator=generator, dtype=torch.float64)
+    log_w = torch.where(often < 1 / 3, math.log(2), -math.log(2))
+    moved = 0.2 * (moved - 0.5)
+    log_ratio = moved if rule == "kl" else torch.log1p(moved)
+    called = [is_closer(rule, w, u, 0.0) for w, u in zip(log_w, log_ratio, strict=True)]
+    share, stderr = sum(called) / n_tests, math.sqrt(0.05 * 0.95 / n_tests)
+    # A little off 5 %, since 200 texts are not yet normal.
+    assert abs(share - 0.05) < 4 * stderr
+
+
+def test_few_effective_texts_decide_nothing():
+    log_ratio = torch.full((100,), 0.5, dtype=torch.float64) + torch.arange(100) * 1e-3
+    of_few = torch.full((100,), -math.inf, dtype=torch.float64)
+    of_few[:19] = 0.0
+    of_more = of_few.clone()
+    of_more[:21] = 0.0
+    assert not is_closer("kl", of_few, log_ratio, 0.0)
+    assert is_closer("kl", of_more, log_ratio, 0.0)

@@ -245,6 +245,9 @@ def test_resume_refuses_another_run(base, target, tmp_path):
     dmgen.FDPG(base.copy(), target, config()).train(2, out=tmp_path / "js")
     with pytest.raises(ValueError, match="another divergence: js, not tv"):
         dmgen.FDPG(base.copy(), target, config(), divergence="tv").resume(tmp_path / "js")
+    other = dmgen.EBM(base, target.constraints, [v + 0.1 for v in target.lambdas])
+    with pytest.raises(ValueError, match="another target"):
+        dmgen.GDC(base.copy(), other, config()).resume(tmp_path)
     with pytest.raises(ValueError, match="already holds a run of 2 steps"):
         dmgen.GDC(base.copy(), target, config()).train(2, out=tmp_path)
     with pytest.raises(ValueError, match="no checkpoint"):
@@ -516,22 +519,25 @@ def test_an_evaluation_is_of_what_training_would_leave(base, target, tmp_path, d
         assert torch.equal(a, b)
 
 
-def test_the_proposal_is_tested_as_the_mixture_that_texts_come_from(base, target):
+@pytest.mark.parametrize(("asked", "size", "share"), [(0.25, 256, 0.25), (0.1, 32, 3 / 32)])
+def test_the_proposal_is_tested_as_the_mixture_that_texts_come_from(
+    asked, size, share, base, target
+):
     """A policy that equals the proposal makes the same mixture, so no text speaks for it."""
     q = dmgen.TabularLM.random("abc.", 4, eos=".", seed=5)
-    settings = config(base_share=0.25, learning_rate=1e-12, proposal_every=5)
+    settings = config(base_share=asked, batch_size=size, learning_rate=1e-12, proposal_every=5)
     sampler = dmgen.GDC(q.copy(), target, settings, proposal=q)
-    assert not sampler.train(4)["proposal_updated"].any()
+    sampler.train(4)
     log_w, log_ratio = sampler.comparison.seen
-    assert len(log_w) == 4 * 256
+    assert len(log_w) == 4 * size
     torch.testing.assert_close(log_ratio, torch.zeros_like(log_ratio), rtol=0, atol=1e-9)
     # While texts come from the base alone, it is the mixture that would follow.
     first = dmgen.GDC(q.copy(), target, settings)
     first.train(1)
-    samples = base.sample(256, generator=dmgen.GDC(q.copy(), target, settings).generator)
-    share = q.log_prob(samples).exp() / samples.log_prob.exp()
-    torch.testing.assert_close(first.comparison.seen[1], torch.log(0.75 * share + 0.25), atol=1e-6,
-                               rtol=0)  # fmt: skip
+    samples = base.sample(size, generator=dmgen.GDC(q.copy(), target, settings).generator)
+    u = q.log_prob(samples).exp() / samples.log_prob.exp()
+    expected = torch.log((1 - share) * u + share)
+    torch.testing.assert_close(first.comparison.seen[1], expected, atol=1e-6, rtol=0)
 
 
 def test_texts_of_the_fit_say_nothing_of_another_proposal(base, target):
@@ -607,3 +613,47 @@ def test_gdc_does_not_need_log_policy_however_improbable_a_text_is():
             baseline=baseline,
         )  # fmt: skip
         torch.testing.assert_close(a, torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64).exp())
+
+
+def test_a_row_of_metrics_is_of_the_policy_by_texts_of_the_proposal(base, target):
+    """π, q and the target are three laws here, so that no column can stand for another."""
+    q = dmgen.TabularLM.random("abc.", 4, eos=".", seed=5)
+    policy = dmgen.TabularLM.random("abc.", 4, eos=".", seed=6).copy()
+    sampler = dmgen.GDCpp(policy, target, config(), proposal=q)
+    samples = q.sample(256, generator=dmgen.GDCpp(policy, target, config()).generator)
+    log_q, log_pi = samples.log_prob, policy.log_prob(samples).detach()
+    log_w = target.log_score(samples) - log_q
+    row = sampler.train(1).iloc[0]
+    weights = torch.softmax(log_w, 0)
+    log_z = log_w.logsumexp(0) - math.log(256)
+    u = (log_pi - log_q).exp()
+    phi = torch.tensor(["ab" in text for text in samples.texts], dtype=torch.float64)
+    log_p = log_w + log_q - log_z
+    assert row["kl_target_policy"] == pytest.approx(float(weights @ (log_p - log_pi)), rel=1e-9)
+    assert row["kl_target_proposal"] == pytest.approx(float(weights @ (log_p - log_q)), rel=1e-9)
+    assert row["moment/ab"] == pytest.approx(float(u @ phi / u.sum()), rel=1e-9)
+    assert row["ess"] == pytest.approx(1 / float(weights @ weights), rel=1e-9)
+    assert row["largest_weight"] == pytest.approx(float(weights.max()), rel=1e-9)
+
+
+def test_the_norm_of_a_gradient_is_clipped(base, target):
+    """By SGD a first step is the rate times the gradient: of the norm that is allowed."""
+    norms = []
+    for allowed in (None, 1e-3):
+        settings = config(optimizer="sgd", learning_rate=1.0, warmup_steps=0, max_grad_norm=allowed)
+        policy = base.copy()
+        dmgen.GDCpp(policy, target, settings).train(1)
+        norms.append(float((policy.logits.detach() - base.logits).norm()))
+    assert norms[0] > 2e-3
+    assert norms[1] == pytest.approx(1e-3, rel=1e-3)  # torch adds 1e-6 to the norm it divides by
+
+
+def test_adamw_decays_the_weights(base, target):
+    after = {}
+    for optimizer in ("adam", "adamw"):
+        policy = base.copy()
+        dmgen.GDCpp(policy, target, config(optimizer=optimizer, warmup_steps=0)).train(1)
+        after[optimizer] = policy.logits.detach()
+    # The decay that torch takes is 0.01, times the rate.
+    expected = after["adam"] - 0.05 * 0.01 * base.logits.detach()
+    torch.testing.assert_close(after["adamw"], expected, rtol=0, atol=1e-6)
