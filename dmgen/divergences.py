@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -296,7 +297,8 @@ def f_divergence(name: str | tuple[str, float]) -> FDivergence:
     too, unlike `divergences.js`); Amari and Nagaoka (2000) for alpha.
     """
     if isinstance(name, tuple):
-        if len(name) != 2 or name[0] != "alpha" or not math.isfinite(name[1]):
+        is_alpha = len(name) == 2 and name[0] == "alpha" and isinstance(name[1], Real)
+        if not is_alpha or not math.isfinite(name[1]):
             raise ValueError(f'a tuple must be ("alpha", a) with a finite number a, got {name!r}')
         return _alpha_divergence(float(name[1]))
     if name not in _FAMILY:

@@ -24,6 +24,7 @@ from dmgen.models.causal import CausalLM
 from dmgen.models.tabular import TabularLM
 from dmgen.samplers.config import TrainerConfig
 from dmgen.samplers.kl_control import KLControl
+from dmgen.samplers.objectives import needs_possible_texts
 from dmgen.samplers.policy_gradient import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
 from dmgen.samplers.trainer import Trainer
 from dmgen.score import Score
@@ -125,14 +126,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         # Lists, as YAML has them, so that what is written and read again is equal.
-        object.__setattr__(self, "constraints", _numbered(_plain(self.constraints)))
+        object.__setattr__(self, "constraints", _with_targets(_plain(self.constraints)))
         if not self.base:
             raise ValueError('base must name a model: "tiny-bios", a folder, or a hub id')
         _at_least(1, max_new_tokens=self.max_new_tokens, n_steps=self.n_steps)
-        object.__setattr__(self, "method_options", _plain(self.method_options))
+        object.__setattr__(self, "method_options", _numbered(_plain(self.method_options)))
         _one_of(tuple(SAMPLERS), method=self.method)
         _check_options(self.method, self.method_options)
-        self._make_sampler_of_nothing()
+        sampler = self._sampler_of_nothing()
         _one_of((None, *DTYPES), dtype=self.dtype)
         if self.device is not None:
             try:
@@ -141,13 +142,24 @@ class RunConfig:
                 raise ValueError(
                     f"device must be like 'cpu', 'cuda' or 'cuda:1', got {self.device!r}"
                 ) from error
-        self.build_constraints()
+        hard = [c.name for c in self.build_constraints() if isinstance(c, Pointwise)]
+        if hard and needs_possible_texts(sampler.method, sampler.divergence):
+            raise ValueError(
+                f"method {self.method!r} with {dict(self.method_options)} is infinite for every "
+                f"text that breaks a pointwise constraint ({', '.join(hard)}): take GDCpp, or "
+                "moments instead"
+            )
+        if self.trainer.first_batches_from_fit and self.fit.n_samples < self.trainer.batch_size:
+            raise ValueError(
+                f"trainer.first_batches_from_fit needs a batch of {self.trainer.batch_size} texts "
+                f"from the fit, and fit.n_samples is {self.fit.n_samples}"
+            )
 
-    def _make_sampler_of_nothing(self) -> None:
+    def _sampler_of_nothing(self) -> Trainer:
         """What the method refuses of its settings shows here, not after the work of a fit."""
         base = TabularLM.random("ab", 1, eos="b", seed=0)
         target = EBM(base, [Pointwise(features.word("a"))])
-        SAMPLERS[self.method](base.copy(), target, self.trainer, **self.method_options)
+        return SAMPLERS[self.method](base.copy(), target, self.trainer, **self.method_options)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> RunConfig:
@@ -257,7 +269,7 @@ def load_target(folder: Path, config: RunConfig, base: LanguageModel) -> EBM:
     path = folder / "target.json"
     if not path.is_file():
         raise ValueError(f"there is no target in {folder}: {path} is missing")
-    return _target(json.loads(path.read_text(encoding="utf-8")), config, base, str(path))
+    return _target(runs.read_json(path), config, base, str(path))
 
 
 def publish(folder: Path, config: RunConfig, target: Mapping[str, Any]) -> None:
@@ -293,7 +305,7 @@ def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM
     path = Path(folder) / "dmgen.json"
     if not path.is_file():
         raise ValueError(f"there is no dmgen.json in {folder}: give the policy/ of a finished run")
-    facts = json.loads(path.read_text(encoding="utf-8"))
+    facts = runs.read_json(path)
     for classifier in _classifiers(facts["config"]):
         beside = Path(folder) / classifier["head"]
         classifier["head"] = str(beside) if beside.is_dir() else classifier["head"]
@@ -307,6 +319,9 @@ def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM
 
 def _target(facts: Mapping[str, Any], config: RunConfig, base: LanguageModel, path: str) -> EBM:
     """The target that `facts` describe, as `save_target` wrote them."""
+    missing = [key for key in ("constraints", "log_z", "base_moments") if key not in facts]
+    if missing:
+        raise ValueError(f"{path} has no {missing[0]!r}: it is not what a run has written")
     lambdas = [float(row["lambda"]) for row in facts["constraints"] if "lambda" in row]
     target = EBM(
         base,
@@ -317,23 +332,28 @@ def _target(facts: Mapping[str, Any], config: RunConfig, base: LanguageModel, pa
     )
     # Through JSON, which has no tuples.
     asked = json.loads(json.dumps(target.to_dict()))
-    if any(facts[key] != value for key, value in asked.items()):
+    if any(facts.get(key) != value for key, value in asked.items()):
         raise ValueError(f"{path} holds another target than its configuration asks for")
     target.log_z = Score(**facts["log_z"]) if facts["log_z"] else None
     target.base_moments = {name: Score(**score) for name, score in facts["base_moments"].items()}
     return target
 
 
-def _numbered(constraints: Any) -> Any:
-    """The constraints with targets that PyYAML takes for text, such as 1e-1, as numbers."""
+def _with_targets(constraints: Any) -> Any:
+    """The constraints with their targets as numbers."""
     for constraint in constraints if isinstance(constraints, list) else ():
         if isinstance(constraint, dict) and "target" in constraint:
-            given = constraint["target"]
-            many = isinstance(given, list)
-            constraint["target"] = (
-                [config_file.number(x) for x in given] if many else config_file.number(given)
-            )
+            constraint["target"] = _numbered(constraint["target"])
     return constraints
+
+
+def _numbered(value: Any) -> Any:
+    """The value with what PyYAML takes for text, such as 1e-1, as numbers."""
+    if isinstance(value, dict):
+        return {key: _numbered(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [_numbered(x) for x in value]
+    return config_file.number(value)
 
 
 @cache

@@ -82,17 +82,29 @@ def _line(row: Mapping[str, Any]) -> str:
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; a last line that was cut off by a crash is left out."""
     rows = []
-    lines = path.read_text(encoding="utf-8").split("\n")
+    lines = path.read_bytes().split(b"\n")
     for i, line in enumerate(lines):
-        if not line:
+        if not line.strip():
             continue
         try:
             rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no UTF-8: a letter may be cut in two as well
             if i >= len(lines) - 1:
                 break
             raise ValueError(f"{path}, line {i + 1} is not JSON: {error}") from error
     return rows
+
+
+def read_json(path: Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+        ValueError: it is not JSON; names the file.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -187,7 +199,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     found = _checkpoints(folder)
     if not found:
         raise ValueError(f"{folder} holds no checkpoint (looked in {folder / 'checkpoints'})")
-    facts = json.loads((found[-1] / "state.json").read_text(encoding="utf-8"))
+    facts = read_json(found[-1] / "state.json")
     tensors: dict[str, torch.Tensor] = load_file(found[-1] / "tensors.safetensors")
     return tensors, facts
 

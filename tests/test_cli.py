@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,10 @@ from typer.testing import CliRunner
 
 import dmgen
 from dmgen import cli, cli_run, runs
+from dmgen.cli_run import load_model
 from dmgen.run_config import RunConfig, load_published
+
+EBM_FIT = dmgen.EBM.fit
 
 WORDS = [
     *["<eos>", "he", "she", "his", "her", "was", "is", "a", "the", "in", "of", "and", "born"],
@@ -171,6 +175,20 @@ class TestTrain:
         assert weights(parts) == weights(whole)
         assert dmgen_command("evaluate", parts, "-n", 16).exit_code == 0
 
+    def test_an_adapter_in_half_precision_is_measured_in_full(self, config, tmp_path):
+        """Rounded to bfloat16, its sum with the weights would be the weights of the base again."""
+        pytest.importorskip("peft")
+        out = tmp_path / "run"
+        lora = ["policy={adapter: lora, rank: 2}", "dtype=bfloat16"]
+        assert dmgen_command("train", config, *lora, "--out", out).exit_code == 0
+        settings, policy = cli_run.finished(out, None)
+        assert settings.dtype is None
+        assert policy.dtype == torch.float32
+        base = load_model(settings.base, settings)
+        texts = base.sample(64, seed=0)
+        moved = policy.log_prob(texts) - base.log_prob(texts)
+        assert moved.abs().max() > 1e-4
+
     def test_print_config_only_prints(self, config, tmp_path, monkeypatch):
         monkeypatch.setattr(dmgen.CausalLM, "from_pretrained", no_model)
         result = dmgen_command("train", config, "trainer.batch_size=7", "--print-config")
@@ -203,6 +221,31 @@ class TestEvaluateAndSample:
         fewer = dmgen_command("evaluate", out, "-n", 32)
         assert "99 %" in fewer.stdout
         assert "32" in fewer.stdout
+
+    def test_in_half_precision_too(self, config, tmp_path):
+        out = tmp_path / "run"
+        # Steps large enough that weights rounded to bfloat16 would be other weights.
+        half = ["dtype=bfloat16", "trainer.learning_rate=1e-2"]
+        # Not by the fitted target: a fit is forbidden here.
+        with pytest.MonkeyPatch.context() as allowed:
+            allowed.setattr(dmgen.EBM, "fit", EBM_FIT)
+            assert dmgen_command("train", config, *half, "--out", out).exit_code == 0
+        (final,) = runs.read_rows(out / "evaluations.jsonl")
+        result = dmgen_command("evaluate", out, "--json")
+        assert json.loads(result.stdout)["rows"] == final["rows"]
+
+    def test_a_run_without_its_card_is_not_finished(self, finished, tmp_path):
+        out = tmp_path / "run"
+        shutil.copytree(finished[0], out)
+        (out / "policy" / "README.md").unlink()
+        refused(dmgen_command("sample", out), "is not finished; go on with it")
+
+    def test_a_target_that_is_no_target(self, finished, tmp_path):
+        out = tmp_path / "run"
+        shutil.copytree(finished[0], out)
+        for text, message in (("", "target.json is damaged"), ("{}", "has no 'constraints'")):
+            (out / "target.json").write_text(text)
+            refused(dmgen_command("evaluate", out), message)
 
     def test_sample(self, finished):
         out, _ = finished
@@ -269,6 +312,11 @@ class TestRefusals:
 
     def test_a_file_for_a_folder(self, config):
         refused(dmgen_command("train", config, "--out", config), "is a file")
+
+    def test_a_folder_without_the_right_to_write(self, config, tmp_path, monkeypatch):
+        monkeypatch.setattr(dmgen.CausalLM, "from_pretrained", no_model)
+        monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
+        refused(dmgen_command("train", config, "--out", tmp_path), "may not be written to")
 
     def test_no_folder(self, config):
         refused(dmgen_command("train", config), "--out")
@@ -405,6 +453,16 @@ class TestResume:
     def test_nothing_to_resume(self, config, tmp_path):
         result = dmgen_command("train", config, "--out", tmp_path, "--resume")
         refused(result, f"there is no run in {tmp_path}")
+
+    def test_stopped_before_the_first_checkpoint(self, config, tmp_path, monkeypatch):
+        def stop(*_, **__):
+            raise KeyboardInterrupt
+
+        out = tmp_path / "run"
+        monkeypatch.setattr(dmgen.GDCpp, "_step", stop)
+        result = dmgen_command("train", config, "--out", out)
+        assert result.exit_code == 130
+        assert "keeps λ, but there was no checkpoint yet; to train again" in result.stderr
 
     @pytest.mark.slow
     def test_ctrl_c(self, config, tmp_path):

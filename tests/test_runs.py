@@ -137,6 +137,23 @@ def test_a_last_line_cut_anywhere_is_left_out(tmp_path, cut):
     assert runs.read_rows(path) == (ROWS if cut == 1 else ROWS[:2])
 
 
+def test_a_last_line_cut_inside_a_letter_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1, "moment/größe": 0.5}, {"step": 2, "moment/größe": 0.25}]
+    runs.write_rows(path, rows)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: whole.rindex("ö".encode()) + 1])
+    assert runs.read_rows(path) == rows[:1]
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    path = tmp_path / "target.json"
+    for text in (b"", b'{"a": ', b"\xff\xfe{"):
+        path.write_bytes(text)
+        with pytest.raises(ValueError, match=r"target\.json is damaged"):
+            runs.read_json(path)
+
+
 def test_a_broken_line_before_the_last_is_an_error(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"st\n{"step": 3}\n')

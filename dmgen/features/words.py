@@ -53,8 +53,10 @@ def wordlist(
         entries, name = _lexicon(words), words if name is None else name
     elif name is None:
         raise ValueError("a word list of your own needs a name: wordlist(words, name=...)")
-    else:
+    elif isinstance(words, Iterable):
         entries = tuple(words)
+    else:
+        raise TypeError(f"words must be a lexicon's name or a list of words, got {words!r}")
     return _contains(_whole_words(entries, case_sensitive), name, composed=True)
 
 

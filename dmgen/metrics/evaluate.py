@@ -56,7 +56,7 @@ class MomentRow:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` found; every number carries its error. `print` it for a table.
+    """What `evaluate` found; every estimate carries its error. `print` it for a table.
 
     Attributes:
         moments: a row a constraint.

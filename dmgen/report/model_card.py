@@ -84,7 +84,7 @@ def _card(record: RunRecord) -> str:
         f"- Seeds: {seeds}",
         f"- Made under: {', '.join(f'{k} {v}' for k, v in record.versions.items())}",
         "- `dmgen.json` holds the configuration and the target: "
-        "`dmgen.run_config.load_published(folder)` rebuilds it",
+        "`from dmgen.run_config import load_published; load_published(folder)` rebuilds it",
         "",
     ])  # fmt: skip
 

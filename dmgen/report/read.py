@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,7 +69,7 @@ class RunRecord:
             folder=folder,
             config=RunConfig.load(config) if config.is_file() else None,
             versions=_versions(config) if config.is_file() else {},
-            target=json.loads(target.read_text(encoding="utf-8")) if target.is_file() else {},
+            target=runs.read_json(target) if target.is_file() else {},
             metrics=pd.DataFrame(
                 [{k: math.nan if v is None else v for k, v in row.items()} for row in metrics]
             ),

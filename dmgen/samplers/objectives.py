@@ -16,6 +16,8 @@ from dmgen.divergences import f_divergence
 METHODS = ("dpg", "gdc", "gdc++", "fdpg", "reinforce", "vargrad")
 # Those whose gradient is a mean under importance weights P/q.
 WEIGHTED = ("dpg", "gdc", "gdc++", "fdpg")
+# KL(p‖π) of "fdpg", in both of its names.
+_KL = ("kl", ("alpha", 1.0))
 # Baselines that look at the other texts of the batch.
 _OF_THE_BATCH = ("leave_one_out", "optimal")
 
@@ -71,7 +73,7 @@ def advantage(
         ValueError: unknown method or baseline, or one that does not go with the method; its reward
             or divergence is missing; a divergence that is infinite where P = 0, for texts with
             P = 0.
-        FloatingPointError: an advantage is not finite; names the text and its log-probabilities.
+        FloatingPointError: an advantage is not finite; names the text's log-probabilities.
 
     Source: Korbak et al. 2022, eq. 12 and Algorithm 1; Go et al. 2023, Theorem 1; Richter et al.
     2020 (VarGrad).
@@ -89,7 +91,7 @@ def advantage(
         gain = ratio * reward
     elif method == "vargrad":
         gain = _centred(log_score, log_policy)
-    elif method == "fdpg" and divergence not in (None, "kl", ("alpha", 1.0)):
+    elif method == "fdpg" and divergence not in (None, *_KL):
         gain, own = _f_gain(divergence, log_target, log_policy.double(), ratio)
     else:
         # The KL divergence of "fdpg" too: p/π cannot overflow here while π/q is small.
@@ -103,7 +105,7 @@ def advantage(
     if not bool(finite.all()):
         i = int((~finite).nonzero()[0])
         raise FloatingPointError(
-            f"the advantage of text {i} is {result[i].item()}: log P {log_score[i].item():g}, "
+            f"the advantage of a text is {result[i].item()}: log P {log_score[i].item():g}, "
             f"log q {log_proposal[i].item():g}, log π {log_policy[i].item():g}, log Z {log_z}"
         )
     return result
@@ -136,6 +138,13 @@ def needs_whole_batch(method: str, baseline: str | None) -> bool:
 def needs_policy(method: str, baseline: str | None) -> bool:
     """Whether the advantage of a text depends on log π."""
     return method not in ("dpg", "gdc") or baseline not in (None, "none")
+
+
+def needs_possible_texts(method: str, divergence: str | tuple[str, float] | None) -> bool:
+    """Whether the advantage of a text with P = 0 is infinite."""
+    if method == "fdpg" and divergence not in (None, *_KL):
+        return math.isinf(f_divergence(divergence).f_prime_at_infinity)
+    return method == "vargrad"
 
 
 def _kappa(

@@ -121,8 +121,8 @@ class Trainer:
 
         Raises:
             ValueError: `out` holds another run.
-            FloatingPointError: an advantage or a gradient is not finite; names the text and its
-                terms, or the step. No update is made of it, and the last checkpoint is untouched.
+            FloatingPointError: an advantage or a gradient is not finite; names its terms, or the
+                step. No update is made of it, and the last checkpoint is untouched.
         """
         config, given = self.config, self.target.fit_samples
         if config.first_batches_from_fit and not self.step and len(given or ()) < config.batch_size:
@@ -326,8 +326,8 @@ class Trainer:
         norm = torch.nn.utils.get_total_norm(gradients)
         if not bool(norm.isfinite()):
             raise FloatingPointError(
-                f"the gradient of step {self.step} has norm {float(norm)}: lower the learning rate "
-                "or set max_grad_norm, and go on from the last checkpoint"
+                f"the gradient of step {self.step + 1} has norm {float(norm)}: lower the learning "
+                "rate or set max_grad_norm, and go on from the last checkpoint"
             )
         if self.config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(self.parameters, self.config.max_grad_norm, norm)

@@ -10,7 +10,7 @@ from dmgen.constraints import Moment, Pointwise, feature
 from dmgen.divergences import f_divergence
 from dmgen.ebm import EBM
 from dmgen.models import TabularLM
-from dmgen.samplers.objectives import METHODS, advantage
+from dmgen.samplers.objectives import METHODS, advantage, needs_possible_texts
 
 HAS_A = feature(lambda text: "a" in text, name="a")
 LENGTH = feature(len, name="length")
@@ -329,11 +329,23 @@ def test_divergences_that_are_infinite_at_zero_refuse_hard_constraints(name):
         advantage("fdpg", log_score, numbers(), numbers(), 0.0, divergence=name)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", DIVERGENCES, ids=str)
+def test_it_is_known_which_methods_take_no_text_with_p_0(method, name):
+    log_score = torch.tensor([0.0, -math.inf, 0.0])
+    try:
+        advantage(method, log_score, numbers(), numbers(), 0.0, divergence=name, reward=numbers())
+        refused = False
+    except ValueError:
+        refused = True
+    assert needs_possible_texts(method, name) == refused
+
+
 def test_what_overflows_is_named():
     log_score = torch.tensor([0.0, 800.0])
-    with pytest.raises(FloatingPointError, match=r"text 1 is inf: log P 800"):
+    with pytest.raises(FloatingPointError, match=r"a text is inf: log P 800"):
         advantage("gdc", log_score, numbers(2), numbers(2), 0.0)
-    with pytest.raises(FloatingPointError, match=r"text 0 is nan"):
+    with pytest.raises(FloatingPointError, match=r"a text is nan"):
         advantage("gdc++", numbers(1), numbers(1), torch.tensor([math.nan]), 0.0)
 
 
