@@ -36,7 +36,8 @@ from tqdm import tqdm
 import dmgen
 from dmgen import runs
 from dmgen.cli_run import fit_target, load_model
-from dmgen.run_config import SAMPLERS, RunConfig, load_target, save_target
+from dmgen.run_config import SAMPLERS, RunConfig
+from dmgen.target_file import load_target, save_target
 
 TASKS = sorted((Path(__file__).parent / "tasks").glob("*.yaml"))
 # Every so many steps, the variance of the gradient: Figure 5.

@@ -26,7 +26,8 @@ from tqdm import tqdm
 
 from dmgen import runs
 from dmgen.cli_run import fit_target, load_model
-from dmgen.run_config import RunConfig, load_target, save_target
+from dmgen.run_config import RunConfig
+from dmgen.target_file import load_target, save_target
 
 TASKS = sorted((Path(__file__).parent / "tasks" / "smollm2").glob("*.yaml"))
 OWN_METHODS = {

@@ -25,8 +25,9 @@ from dmgen.cli_run import (
     refuse_used,
 )
 from dmgen.cli_run import run as run_all
-from dmgen.run_config import EvaluateConfig, FitConfig, RunConfig, from_anywhere, load_target
+from dmgen.run_config import EvaluateConfig, FitConfig, RunConfig, from_anywhere
 from dmgen.samplers.processes import n_launched
+from dmgen.target_file import load_target
 
 # Everything that `dmgen demo` sets, and what its config.yaml will say.
 DEMO = RunConfig(

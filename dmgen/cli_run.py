@@ -21,8 +21,9 @@ from rich.text import Text
 import dmgen
 from dmgen import report, runs
 from dmgen.report import plots
-from dmgen.run_config import SAMPLERS, RunConfig, from_anywhere, load_target, save_target
+from dmgen.run_config import SAMPLERS, RunConfig, from_anywhere
 from dmgen.samplers.trainer import Trainer
+from dmgen.target_file import load_target, save_target
 
 # Pairs of texts in samples.jsonl, and how many of them are shown.
 _N_PAIRS, _N_SHOWN = 32, 4

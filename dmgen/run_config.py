@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cache
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,7 +25,6 @@ from dmgen.samplers.kl_control import KLControl
 from dmgen.samplers.objectives import needs_possible_texts
 from dmgen.samplers.policy_gradient import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
 from dmgen.samplers.trainer import Trainer
-from dmgen.score import Score
 
 SAMPLERS: dict[str, type[Trainer]] = {
     kind.__name__: kind
@@ -210,7 +207,7 @@ class RunConfig:
             )
 
         def embed(name: str) -> Callable[[Sequence[str]], Tensor]:
-            if isinstance(base, CausalLM) and _whole(name) == _whole(self.base):
+            if isinstance(base, CausalLM) and whole_path(name) == whole_path(self.base):
                 return base.embed
             return _embedder(self.device, self.dtype, name)
 
@@ -229,13 +226,13 @@ def from_anywhere(config: RunConfig) -> RunConfig:
     """The configuration with whole paths, so that its run is found from any working directory."""
     mapping = config.to_mapping()
     if config.base != "tiny-bios":
-        mapping["base"] = _whole(config.base)
-    for classifier in _classifiers(mapping):
-        classifier["head"] = _whole(classifier["head"])
+        mapping["base"] = whole_path(config.base)
+    for classifier in classifiers(mapping):
+        classifier["head"] = whole_path(classifier["head"])
     return RunConfig.from_mapping(mapping)
 
 
-def _classifiers(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def classifiers(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The options of each classifier in a configuration."""
     for constraint in mapping["constraints"]:
         for feature in constraint.values():
@@ -244,99 +241,9 @@ def _classifiers(mapping: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
                 yield options
 
 
-def _whole(path: str) -> str:
+def whole_path(path: str) -> str:
+    """The whole path of a folder here; any other name as it is."""
     return str(Path(path).resolve()) if Path(path).is_dir() else path
-
-
-def save_target(folder: Path, target: EBM) -> None:
-    """Writes `target.json`: the constraints with their λ, and how λ was found."""
-    fit = {} if target.moment_fit is None else asdict(target.moment_fit)
-    plain = {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in fit.items()}
-    facts = {
-        "log_z": None if target.log_z is None else asdict(target.log_z),
-        "base_moments": {name: asdict(score) for name, score in target.base_moments.items()},
-        "moment_fit": plain,
-    }
-    runs.write_json(folder / "target.json", target.to_dict() | facts)
-
-
-def load_target(folder: Path, config: RunConfig, base: LanguageModel) -> EBM:
-    """The target of a run with the λ that it began with: another fit would be another target.
-
-    Raises:
-        ValueError: `target.json` is missing, or not that of `config`.
-    """
-    path = folder / "target.json"
-    if not path.is_file():
-        raise ValueError(f"there is no target in {folder}: {path} is missing")
-    return _target(runs.read_json(path), config, base, str(path))
-
-
-def publish(folder: Path, config: RunConfig, target: Mapping[str, Any]) -> None:
-    """Writes `dmgen.json`, from which `load_published` makes the target again, elsewhere too.
-
-    The heads of classifiers are put beside it, as `head-0` and so on; a device is no part of it.
-
-    Args:
-        folder: the policy's.
-        config: of its run.
-        target: what `save_target` wrote.
-    """
-    mapping = config.to_mapping() | {"device": None}
-    for i, classifier in enumerate(_classifiers(mapping)):
-        head = features.ClassifierHead.from_pretrained(classifier["head"])
-        if _whole(head.base) == _whole(config.base):
-            head = replace(head, base=config.base)
-        classifier["head"] = f"head-{i}"
-        head.save_pretrained(folder / classifier["head"])
-    runs.write_json(folder / "dmgen.json", {"config": mapping, "target": dict(target)})
-
-
-def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM:
-    """The target of a published policy, from the `dmgen.json` beside its weights.
-
-    Args:
-        folder: a `policy/` that a run has left, or a copy of it.
-        base: the model that it was trained from; None loads the one that the file names.
-
-    Raises:
-        ValueError: there is no `dmgen.json`, or it contradicts itself; the base cannot be loaded.
-    """
-    path = Path(folder) / "dmgen.json"
-    if not path.is_file():
-        raise ValueError(f"there is no dmgen.json in {folder}: give the policy/ of a finished run")
-    facts = runs.read_json(path)
-    for classifier in _classifiers(facts["config"]):
-        beside = Path(folder) / classifier["head"]
-        classifier["head"] = str(beside) if beside.is_dir() else classifier["head"]
-    config = RunConfig.from_mapping(facts["config"] | {"device": None})
-    if base is None:
-        base = CausalLM.from_pretrained(
-            config.base, dtype=config.dtype, max_new_tokens=config.max_new_tokens
-        )
-    return _target(facts["target"], config, base, str(path))
-
-
-def _target(facts: Mapping[str, Any], config: RunConfig, base: LanguageModel, path: str) -> EBM:
-    """The target that `facts` describe, as `save_target` wrote them."""
-    missing = [key for key in ("constraints", "log_z", "base_moments") if key not in facts]
-    if missing:
-        raise ValueError(f"{path} has no {missing[0]!r}: it is not what a run has written")
-    lambdas = [float(row["lambda"]) for row in facts["constraints"] if "lambda" in row]
-    target = EBM(
-        base,
-        config.build_constraints(base),
-        lambdas,
-        prompt=config.prompt,
-        max_new_tokens=config.max_new_tokens,
-    )
-    # Through JSON, which has no tuples.
-    asked = json.loads(json.dumps(target.to_dict()))
-    if any(facts.get(key) != value for key, value in asked.items()):
-        raise ValueError(f"{path} holds another target than its configuration asks for")
-    target.log_z = Score(**facts["log_z"]) if facts["log_z"] else None
-    target.base_moments = {name: Score(**score) for name, score in facts["base_moments"].items()}
-    return target
 
 
 def _with_targets(constraints: Any) -> Any:

@@ -19,7 +19,7 @@ FLOORS = [
     {"metrics", "runs"},
     {"samplers"},
     {"config_file"},
-    {"report", "run_config"},
+    {"report", "run_config", "target_file"},
     {"__init__"},
     {"cli", "cli_run", "__main__"},
 ]

@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 import dmgen
 from dmgen import cli, cli_run, runs
 from dmgen.cli_run import load_model
-from dmgen.run_config import RunConfig, load_published
+from dmgen.run_config import RunConfig
+from dmgen.target_file import load_published
 
 EBM_FIT = dmgen.EBM.fit
 

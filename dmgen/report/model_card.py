@@ -10,7 +10,7 @@ from dmgen import runs
 from dmgen.report import words
 from dmgen.report.answers import questions
 from dmgen.report.read import RunRecord, as_score, policy_rows
-from dmgen.run_config import publish
+from dmgen.target_file import publish
 
 __all__ = ["write_model_card"]
 
@@ -84,7 +84,7 @@ def _card(record: RunRecord) -> str:
         f"- Seeds: {seeds}",
         f"- Made under: {', '.join(f'{k} {v}' for k, v in record.versions.items())}",
         "- `dmgen.json` holds the configuration and the target: "
-        "`from dmgen.run_config import load_published; load_published(folder)` rebuilds it",
+        "`from dmgen.target_file import load_published; load_published(folder)` rebuilds it",
         "",
     ])  # fmt: skip
 

@@ -10,7 +10,8 @@ import yaml
 from dmgen import EBM, features, runs
 from dmgen.report import write_model_card
 from dmgen.report.model_card import _row
-from dmgen.run_config import RunConfig, load_published, save_target
+from dmgen.run_config import RunConfig
+from dmgen.target_file import load_published, save_target
 
 
 def test_the_card_holds_the_verdicts_and_prices(make_run):
