@@ -155,7 +155,8 @@ class EBM:
         All texts are pooled with the balance heuristic: each counts with a/m, m the mixture of the
         models in proportion to how many texts each gave. A feature that the base shows twice in
         10,000 texts is nailed down once a better model has been trained:
-        `target.refit([(base, target.fit_samples), (policy, policy.sample(10_240))])`.
+        `target.refit([(base, target.fit_samples), (policy, policy.sample(10_240, prompt=...,
+        max_new_tokens=...))])`, both as the target has them.
 
         Args:
             drawn: models with the texts that each of them drew, as it is now; the base may be
@@ -163,7 +164,7 @@ class EBM:
 
         Raises:
             MomentsUnreachable: as in `fit`.
-            ValueError: nothing was given, or texts that continue another prompt.
+            ValueError: nothing was given, or texts of another prompt or another longest length.
 
         Source: Veach and Guibas 1995 (balance heuristic), see `log_weights.balance_heuristic`.
         """
@@ -175,6 +176,13 @@ class EBM:
             raise ValueError(
                 f"the target's prompt is {self.prompt!r}, but the samples continue "
                 f"{sorted(set(pooled.prompts))}: draw them with prompt=target.prompt"
+            )
+        lengths = sorted({part.tokens.shape[1] for part in parts})
+        if lengths != [self.max_new_tokens]:
+            raise ValueError(
+                f"the target's texts have at most {self.max_new_tokens} tokens, but the samples "
+                f"were drawn with at most {lengths}: draw them with "
+                "max_new_tokens=target.max_new_tokens"
             )
         # Under the model that drew it, the log-probability of a text is recorded and exact.
         columns = [

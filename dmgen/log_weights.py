@@ -28,6 +28,9 @@ __all__ = [
     "stderr_of_mean",
 ]
 
+# A tail that is spread so far, over 690 nats, is hardly seen, and cannot be computed with.
+_NOTHING = 1e-300
+
 
 def check_log_weights(log_weights: Tensor, name: str = "log_weights") -> Tensor:
     """Return `log_weights` as a detached float64 vector after checking that it is legal.
@@ -225,6 +228,8 @@ def _fit_generalised_pareto(excess: Tensor) -> float:
     """Return Zhang and Stephens' posterior mean of k for ascending positive excesses (M,)."""
     m = len(excess)
     largest, quartile = excess[-1], excess[int(m / 4 + 0.5) - 1]
+    if quartile < _NOTHING * largest:
+        return math.inf
     n_grid = 30 + int(math.sqrt(m))
     i = torch.arange(1, n_grid + 1, dtype=torch.float64)
     # Eq. 8 of the paper: a grid for b = -k/σ, every point below 1/largest.

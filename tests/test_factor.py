@@ -285,6 +285,11 @@ def test_refit_refuses_nothing_and_other_prompts(world):
     foreign = type(own)(own.tokens, own.mask, own.log_prob, own.texts, ["x", "x", "x"])
     with pytest.raises(ValueError, match=r"the target's prompt is ''.*\['x'\]"):
         target.refit([(world, foreign)])
+    # Texts that were cut earlier have another law, though all of them would fit.
+    for length in (2, 4):
+        shorter = EBM(world, [Pointwise(HAS_A)], max_new_tokens=3)
+        with pytest.raises(ValueError, match=rf"at most 3 tokens.*at most \[{length}\]"):
+            shorter.refit([(world, world.sample(8, max_new_tokens=length, seed=0))])
 
 
 def test_the_error_of_a_condition_is_that_of_the_texts_with_it():

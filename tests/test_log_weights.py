@@ -262,6 +262,12 @@ def test_k_agrees_with_maximum_likelihood():
     assert abs(ours - k_ml) < (1 + k_ml) / math.sqrt(m)
 
 
+@pytest.mark.parametrize("spread", [5.0, 50.0, 700.0, 1e5])
+def test_k_of_weights_however_far_apart(spread):
+    """The largest has it all."""
+    assert pareto_k(torch.arange(100, dtype=torch.float64) * -spread) > 2
+
+
 def test_k_on_weights_with_few_values():
     assert pareto_k(torch.zeros(1000)) == -INF
     assert pareto_k(torch.tensor([0.0] * 5000 + [9.0] * 5000)) == -INF

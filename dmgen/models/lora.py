@@ -27,7 +27,7 @@ def attach(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: rank or alpha is not positive.
+        ValueError: rank or alpha is not positive, or the model is a mixture of experts.
 
     Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3; A is
     normal there, uniform in the authors' code and here.
@@ -49,6 +49,11 @@ def attach(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
     )
     # Layers made on the meta device draw nothing from the global generator.
     inject_adapter_in_model(config, adapted, adapter_name=_NAME, low_cpu_mem_usage=True)
+    if config.target_parameters:  # set by peft itself, for experts that are no layers
+        raise ValueError(
+            f"no adapter for a mixture of experts, such as {type(model).__name__}: train all "
+            "weights, policy = base.copy()"
+        )
     generator = torch.Generator().manual_seed(seed)
     for layer in _layers(adapted).values():
         a, b, device = (

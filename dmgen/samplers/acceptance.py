@@ -34,6 +34,10 @@ __all__ = [
     "tv_bound",
 ]
 
+# Nats by which log w may be above log β without being so: a sum and a difference of logs are
+# rounded, and β may be the largest weight itself.
+_ROUNDING = 1e-9
+
 
 def log_acceptance(log_w: Tensor, log_beta: float) -> Tensor:
     """Return `log r = min(0, log w − log β)`, float64 `(N,)`; `-inf` where P = 0.
@@ -100,7 +104,7 @@ def tv_bound(log_w: Tensor, log_beta: float, probs: Tensor | None = None) -> Sco
     """
     lw = check_log_weights(log_w, "log_w")
     g = _normalised(lw, probs)
-    outside = (lw > log_beta).double()
+    outside = (lw > log_beta + _ROUNDING).double()
     value = _mean(g * outside, probs)
     return _score(value, g * (outside - value), probs)
 

@@ -31,7 +31,11 @@ def gradient_variance(policy: Any, samples: Samples, advantage: Tensor) -> dict[
     sum_sq = 0.0
     for i in advantage.nonzero().squeeze(-1).tolist():
         objective = policy.log_prob(samples[i : i + 1], grad=True).sum() * float(advantage[i])
-        for t, g in zip(total, torch.autograd.grad(objective, parameters), strict=True):
+        # What no text uses, such as the part of a model that sees images, has a gradient of 0.
+        grads = torch.autograd.grad(
+            objective, parameters, allow_unused=True, materialize_grads=True
+        )
+        for t, g in zip(total, grads, strict=True):
             t += g
             sum_sq += float(g.square().sum(dtype=torch.float64))
     n = len(samples)

@@ -33,11 +33,15 @@ class Processes:
     count: int = 1
 
     @classmethod
-    def here(cls) -> Processes:
-        """What the launcher's environment says; a single process without a launcher."""
+    def here(cls, device: torch.device) -> Processes:
+        """What the launcher's environment says; a single process without a launcher.
+
+        Args:
+            device: where the policy is: beside a GPU that is not used they talk by gloo.
+        """
         if n_launched() == 1:
             return cls()
-        state = _state()
+        state = _state(cpu=device.type == "cpu")
         return cls(state.process_index, state.num_processes)
 
     @property
@@ -82,8 +86,10 @@ class Processes:
         # A process none of whose texts was kept for the backward pass has no gradient.
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.flatten() for g in grads])
-        distributed.all_reduce(flat)
-        for p, g in zip(parameters, torch.split(flat, [g.numel() for g in grads]), strict=True):
+        total = flat.to(_state().device)
+        distributed.all_reduce(total)
+        total = total.to(flat.device)
+        for p, g in zip(parameters, torch.split(total, [g.numel() for g in grads]), strict=True):
             p.grad = g.view_as(p)
 
     def wait(self) -> None:
@@ -97,10 +103,11 @@ def n_launched() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _state() -> PartialState:
+def _state(cpu: bool = False) -> PartialState:
+    """The processes as accelerate knows them: as the first to ask has made them, here or before."""
     ours = not distributed.is_initialized()
     # Without being told, accelerate sees no processes on a machine without a GPU.
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = PartialState(cpu=cpu or not torch.cuda.is_available())
     # A thread of gloo's that lets go of its last tensor while the interpreter ends aborts the
     # process, after all work is done. (NCCL's would wait for processes that may have failed.)
     if ours and state.backend == "gloo":

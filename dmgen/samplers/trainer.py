@@ -55,7 +55,7 @@ class Trainer:
 
     Raises:
         ValueError: the policy has nothing to train, or is the target's own base; a setting does
-            not go with the method or the number of processes; processes have different λ.
+            not go with the method or the number of processes; processes have different targets.
     """
 
     method: ClassVar[str]
@@ -84,10 +84,11 @@ class Trainer:
             policy if self.proposal_rule == "policy" else target.base
         )
         self.proposal: Any = self.first_proposal
-        self.processes = Processes.here()
+        self.processes = Processes.here(self.parameters[0].device)
         self.rows = self.processes.rows(config.batch_size)
-        if not self.processes.agree(target.lambdas):
-            raise ValueError("the processes have targets of different λ: give EBM.fit a seed")
+        log_z = torch.tensor([0.0 if target.log_z is None else target.log_z.value])
+        if not (self.processes.agree(target.lambdas) and self.processes.agree(log_z)):
+            raise ValueError("the processes have targets of different λ or Z: give EBM.fit a seed")
         self.optimizer = _optimizer(config, self.parameters)
         self.generator = stream("train", config.seed)
         self.step = 0

@@ -6,9 +6,9 @@ import sys
 import contracts
 import pytest
 import torch
-from conftest import tiny_gpt2, tiny_llama
+from conftest import letters, randomised, tiny_gpt2, tiny_llama
 from test_causal import space_of
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from dmgen.models import CausalLM
 
@@ -262,3 +262,19 @@ class TestErrors:
 def test_no_warnings_of_peft(base, recwarn):
     base.copy(adapter="lora")
     assert [w for w in recwarn if "peft" in w.filename] == []
+
+
+def test_a_mixture_of_experts_is_refused():
+    """peft would wrap the experts, which are parameters and no layers."""
+    pytest.importorskip("peft")
+    tokenizer = letters("<end>", bos="<end>", eos="<end>")
+    settings = MixtralConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, num_local_experts=2, num_experts_per_tok=1,
+        max_position_embeddings=16,
+    )  # fmt: skip
+    base = CausalLM(randomised(MixtralForCausalLM(settings), scale=0.3, seed=0), tokenizer)
+    before = base.log_prob(base.sample(8, max_new_tokens=4, seed=0))
+    with pytest.raises(ValueError, match="mixture of experts, such as MixtralForCausalLM"):
+        base.copy(adapter="lora")
+    assert torch.equal(base.log_prob(base.sample(8, max_new_tokens=4, seed=0)), before)

@@ -326,3 +326,13 @@ def test_what_is_never_accepted_costs_infinity():
     score = acceptance.kl(log_w, log_r)
     assert (score.value, score.n) == (INF, 3)
     assert math.isnan(score.stderr)
+
+
+def test_beta_at_the_largest_weight_leaves_nothing_outside_whatever_the_rounding():
+    """log w comes as (log a + λφ) − log a, and β as exp of the same λ."""
+    log_a = -torch.linspace(1, 500, 2000, dtype=torch.float64)
+    for weight in (0.1, 0.3, 0.7, 1.9, 4.4):
+        log_w = (log_a + weight) - log_a
+        log_beta = math.log(math.exp(weight))
+        assert (log_w > log_beta).any()
+        assert acceptance.tv_bound(log_w, log_beta).value == 0

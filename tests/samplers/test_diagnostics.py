@@ -38,3 +38,10 @@ def test_no_text_counts_where_all_advantages_are_zero(policy):
         "grad_variance": 0.0,
         "grad_norm": 0.0,
     }
+
+
+def test_what_no_text_uses_counts_nothing(gpt2_lm):
+    plain, more = gpt2_lm.copy(), gpt2_lm.copy()
+    more.model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
+    samples, a = plain.sample(5, seed=3), torch.linspace(-1, 2, 5, dtype=torch.float64)
+    assert gradient_variance(more, samples, a) == gradient_variance(plain, samples, a)

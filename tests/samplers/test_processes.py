@@ -10,8 +10,10 @@ import textwrap
 import pytest
 import torch
 
+import dmgen
 from dmgen.models import TabularLM
 from dmgen.models.base import Samples
+from dmgen.samplers import processes
 from dmgen.samplers.processes import Processes
 from dmgen.samplers.proposal import draw_rows
 
@@ -146,5 +148,36 @@ def test_a_batch_that_cannot_be_shared_is_refused():
 
 def test_a_single_process_gathers_itself():
     x = torch.arange(3.0)
-    assert Processes.here() == Processes()
+    assert Processes.here(x.device) == Processes()
     assert Processes().gather(x) is x
+
+
+@pytest.mark.parametrize(("device", "cuda", "cpu"), [
+    ("cpu", True, True), ("cpu", False, True), ("cuda:0", True, False),
+])  # fmt: skip
+def test_they_talk_where_the_policy_is(device, cuda, cpu, monkeypatch):
+    """A policy on the CPU of a machine with GPUs has no use for NCCL."""
+    asked = {}
+
+    class State:
+        process_index, num_processes, backend = 1, 2, "none"
+
+        def __init__(self, cpu):
+            asked["cpu"] = cpu
+
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(processes, "PartialState", State)
+    assert Processes.here(torch.device(device)) == Processes(1, 2)
+    assert asked["cpu"] is cpu
+
+
+@pytest.mark.parametrize("differ", ["lambdas", "log_z"])
+def test_processes_of_different_targets_are_refused(differ, base, target, monkeypatch):
+    """Also those without a λ, whose Z are of different draws."""
+    monkeypatch.setattr(Processes, "here", lambda _: Processes(0, 2))
+    monkeypatch.setattr(Processes, "gather", lambda _, own: torch.cat([own, own + 0.5]))
+    hard = dmgen.Pointwise(dmgen.feature(lambda text: "ab" in text, name="ab"))
+    given = target if differ == "lambdas" else dmgen.EBM.fit(base, [hard], n_samples=500, seed=0)
+    with pytest.raises(ValueError, match="different λ or Z"):
+        dmgen.GDC(base.copy(), given, dmgen.TrainerConfig(batch_size=64))
