@@ -27,22 +27,23 @@ class Processes:
     Attributes:
         rank: its number, from 0.
         count: how many there are.
+        on_cpu: whether what they train is on the CPU, beside a GPU too.
     """
 
     rank: int = 0
     count: int = 1
+    on_cpu: bool = False
 
     @classmethod
     def here(cls, device: torch.device) -> Processes:
         """What the launcher's environment says; a single process without a launcher.
 
         Args:
-            device: where the policy is: beside a GPU that is not used they talk by gloo.
+            device: where the policy is.
         """
         if n_launched() == 1:
             return cls()
-        state = _state(cpu=device.type == "cpu")
-        return cls(state.process_index, state.num_processes)
+        return cls(int(os.environ["RANK"]), n_launched(), device.type == "cpu")
 
     @property
     def is_main(self) -> bool:
@@ -67,7 +68,7 @@ class Processes:
         """The rows of all processes, `(n, ...)`, in order of rank, from those of this one."""
         if self.count == 1:
             return own
-        device = _state().device
+        device = self._state().device
         parts = [torch.empty_like(own, device=device) for _ in range(self.count)]
         distributed.all_gather(parts, own.detach().contiguous().to(device))
         return torch.cat(parts).to(own.device)
@@ -86,7 +87,7 @@ class Processes:
         # A process none of whose texts was kept for the backward pass has no gradient.
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = torch.cat([g.flatten() for g in grads])
-        total = flat.to(_state().device)
+        total = flat.to(self._state().device)
         distributed.all_reduce(total)
         total = total.to(flat.device)
         for p, g in zip(parameters, torch.split(total, [g.numel() for g in grads]), strict=True):
@@ -95,21 +96,20 @@ class Processes:
     def wait(self) -> None:
         """Returns when all processes have come here."""
         if self.count > 1:
-            _state().wait_for_everyone()
+            self._state().wait_for_everyone()
+
+    def _state(self) -> PartialState:
+        """What connects the processes: made when they first speak, unless a caller has made it."""
+        ours = not distributed.is_initialized()
+        # Without being told, accelerate sees no processes on a machine without a GPU.
+        state = PartialState(cpu=self.on_cpu or not torch.cuda.is_available())
+        # A thread of gloo's that lets go of its last tensor while the interpreter ends aborts the
+        # process, after all work is done. (NCCL's would wait for processes that may have failed.)
+        if ours and state.backend == "gloo":
+            atexit.register(state.destroy_process_group)
+        return state
 
 
 def n_launched() -> int:
     """How many processes a launcher has started; 1 without one."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def _state(cpu: bool = False) -> PartialState:
-    """The processes as accelerate knows them: as the first to ask has made them, here or before."""
-    ours = not distributed.is_initialized()
-    # Without being told, accelerate sees no processes on a machine without a GPU.
-    state = PartialState(cpu=cpu or not torch.cuda.is_available())
-    # A thread of gloo's that lets go of its last tensor while the interpreter ends aborts the
-    # process, after all work is done. (NCCL's would wait for processes that may have failed.)
-    if ours and state.backend == "gloo":
-        atexit.register(state.destroy_process_group)
-    return state

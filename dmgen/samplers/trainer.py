@@ -86,7 +86,7 @@ class Trainer:
         self.proposal: Any = self.first_proposal
         self.processes = Processes.here(self.parameters[0].device)
         self.rows = self.processes.rows(config.batch_size)
-        log_z = torch.tensor([0.0 if target.log_z is None else target.log_z.value])
+        log_z = torch.tensor([] if target.log_z is None else [target.log_z.value])
         if not (self.processes.agree(target.lambdas) and self.processes.agree(log_z)):
             raise ValueError("the processes have targets of different λ or Z: give EBM.fit a seed")
         self.optimizer = _optimizer(config, self.parameters)

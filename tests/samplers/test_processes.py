@@ -13,6 +13,7 @@ import torch
 import dmgen
 from dmgen.models import TabularLM
 from dmgen.models.base import Samples
+from dmgen.run_config import RunConfig
 from dmgen.samplers import processes
 from dmgen.samplers.processes import Processes
 from dmgen.samplers.proposal import draw_rows
@@ -152,24 +153,40 @@ def test_a_single_process_gathers_itself():
     assert Processes().gather(x) is x
 
 
-@pytest.mark.parametrize(("device", "cuda", "cpu"), [
-    ("cpu", True, True), ("cpu", False, True), ("cuda:0", True, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("device", "cuda", "cpu"),
+    [("cpu", True, True), ("cpu", False, True), ("cuda:0", True, False)],
+)
 def test_they_talk_where_the_policy_is(device, cuda, cpu, monkeypatch):
     """A policy on the CPU of a machine with GPUs has no use for NCCL."""
-    asked = {}
+    asked = []
 
     class State:
-        process_index, num_processes, backend = 1, 2, "none"
+        backend = "none"
 
         def __init__(self, cpu):
-            asked["cpu"] = cpu
+            asked.append(cpu)
+
+        def wait_for_everyone(self):
+            pass
 
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(processes, "PartialState", State)
-    assert Processes.here(torch.device(device)) == Processes(1, 2)
-    assert asked["cpu"] is cpu
+    found = Processes.here(torch.device(device))
+    assert (found.rank, found.count) == (1, 2)
+    assert asked == []
+    found.wait()
+    assert asked == [cpu]
+
+
+def test_a_configuration_is_checked_without_the_other_processes(monkeypatch):
+    """One of them may read it alone; and what it is checked on is no policy of theirs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr(processes, "PartialState", None)
+    RunConfig(base="x", constraints=[{"pointwise": {"word": "goal"}}])
 
 
 @pytest.mark.parametrize("differ", ["lambdas", "log_z"])
