@@ -16,6 +16,7 @@ import dmgen
 from dmgen import report as pages
 from dmgen.cli_run import (
     TRACKERS,
+    base_of,
     finished,
     fit_target,
     load_model,
@@ -278,11 +279,11 @@ def evaluate(
     """Measure the policy of a run on fresh texts.
 
     Moments with their 99 % intervals and verdicts, what the policy forgot (KL), diversity. Without
-    options, it gives the figures that the run ended with; an adapter that was trained in half
-    precision is part of the weights now, and measured with its base in float32.
+    options, it gives the figures that the run ended with; but a policy whose adapter was trained in
+    half precision is measured in float32, as is its base.
     """
     config, policy = finished(run, device)
-    target = load_target(run, config, load_model(config.base, config))
+    target = load_target(run, config, base_of(config))
     scores = dmgen.evaluate(
         policy,
         target,

@@ -44,6 +44,11 @@ _MAY_CHANGE = {"n_steps", "trainer", "evaluate", "device", "dtype"}
 def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None = None) -> None:
     """The whole of a run, by the public names; the rest of it is what is shown and kept."""
     started = time.monotonic()
+    if config.trainer.first_batches_from_fit and config.fit.n_samples < config.trainer.batch_size:
+        raise ValueError(
+            f"trainer.first_batches_from_fit needs a batch of {config.trainer.batch_size} texts "
+            f"from the fit, and fit.n_samples is {config.fit.n_samples}"
+        )
     print_asked(config, out)
     # Before the long work: a folder that cannot be made.
     out.mkdir(parents=True, exist_ok=True)
@@ -254,20 +259,31 @@ def config_of(run: Path) -> RunConfig:
 def finished(run: Path, device: str | None) -> tuple[RunConfig, dmgen.CausalLM]:
     """The configuration of a run and its policy, computing as it did when it was trained.
 
-    An adapter is part of the weights here, and in half precision most of it would be rounded away:
-    such a run is looked at in float32, its base too.
+    In float32 if it was an adapter over half precision: it is part of the weights here, and rounded
+    with them most of it would be lost.
     """
     config = config_of(run)
     if device is not None:
         config = replace(config, device=device)
     if not _has_card(run):
         raise ValueError(f"the run in {run} is not finished; go on with it:\n  {_to_resume(run)}")
-    if config.policy.adapter:
-        config = replace(config, dtype=None)
-    policy = load_model(run / "policy", replace(config, dtype=None)).copy()
     # Float32 weights, as in training: loaded in half precision they would be rounded for good.
-    policy.dtype = getattr(torch, config.dtype or "float32")
+    policy = load_model(run / "policy", replace(config, dtype=None))
+    if config.dtype and not config.policy.adapter:
+        policy.dtype = getattr(torch, config.dtype)
+        # Autocast casts the weights once a pass if they may be trained, else at each use.
+        policy.model.requires_grad_(True)
     return config, policy
+
+
+def base_of(config: RunConfig) -> dmgen.CausalLM:
+    """The base of a finished run, computing as the policy does that `finished` gives."""
+    base = load_model(config.base, config)
+    if config.policy.adapter:
+        # With the rounded weights that the adapter was added to.
+        base = base.copy()
+        base.dtype = torch.float32
+    return base
 
 
 def print_asked(config: RunConfig, out: Path) -> None:

@@ -141,15 +141,10 @@ class RunConfig:
                 ) from error
         hard = [c.name for c in self.build_constraints() if isinstance(c, Pointwise)]
         if hard and needs_possible_texts(sampler.method, sampler.divergence):
+            given = f" with divergence {sampler.divergence!r}" if sampler.divergence else ""
             raise ValueError(
-                f"method {self.method!r} with {dict(self.method_options)} is infinite for every "
-                f"text that breaks a pointwise constraint ({', '.join(hard)}): take GDCpp, or "
-                "moments instead"
-            )
-        if self.trainer.first_batches_from_fit and self.fit.n_samples < self.trainer.batch_size:
-            raise ValueError(
-                f"trainer.first_batches_from_fit needs a batch of {self.trainer.batch_size} texts "
-                f"from the fit, and fit.n_samples is {self.fit.n_samples}"
+                f"what {self.method}{given} minimises is infinite where a text may break a "
+                f"pointwise constraint ({', '.join(hard)}): take GDCpp, or moments instead"
             )
 
     def _sampler_of_nothing(self) -> Trainer:

@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 import dmgen
 from dmgen import cli, cli_run, runs
-from dmgen.cli_run import load_model
 from dmgen.run_config import RunConfig
 from dmgen.target_file import load_published
 
@@ -183,12 +182,16 @@ class TestTrain:
         lora = ["policy={adapter: lora, rank: 2}", "dtype=bfloat16"]
         assert dmgen_command("train", config, *lora, "--out", out).exit_code == 0
         settings, policy = cli_run.finished(out, None)
-        assert settings.dtype is None
-        assert policy.dtype == torch.float32
-        base = load_model(settings.base, settings)
+        base = cli_run.base_of(settings)
+        assert policy.dtype == base.dtype == torch.float32
         texts = base.sample(64, seed=0)
         moved = policy.log_prob(texts) - base.log_prob(texts)
         assert moved.abs().max() > 1e-4
+        # By the adapter alone: not by weights that are rounded here and not there.
+        matrices = dict(policy.model.named_parameters())
+        for name, weight in base.model.named_parameters():
+            if name.endswith("wte.weight"):
+                assert torch.equal(weight, matrices[name])
 
     def test_print_config_only_prints(self, config, tmp_path, monkeypatch):
         monkeypatch.setattr(dmgen.CausalLM, "from_pretrained", no_model)
@@ -227,7 +230,7 @@ class TestEvaluateAndSample:
         out = tmp_path / "run"
         # Steps large enough that weights rounded to bfloat16 would be other weights.
         half = ["dtype=bfloat16", "trainer.learning_rate=1e-2"]
-        # Not by the fitted target: a fit is forbidden here.
+        # The other tests here are to do without a fit; this one makes a run.
         with pytest.MonkeyPatch.context() as allowed:
             allowed.setattr(dmgen.EBM, "fit", EBM_FIT)
             assert dmgen_command("train", config, *half, "--out", out).exit_code == 0
@@ -318,6 +321,12 @@ class TestRefusals:
         monkeypatch.setattr(dmgen.CausalLM, "from_pretrained", no_model)
         monkeypatch.setattr(os, "access", lambda _, mode: mode != os.W_OK)
         refused(dmgen_command("train", config, "--out", tmp_path), "may not be written to")
+
+    def test_too_few_texts_of_the_fit_for_a_batch(self, config, tmp_path, monkeypatch):
+        monkeypatch.setattr(dmgen.CausalLM, "from_pretrained", no_model)
+        few = ["trainer.first_batches_from_fit=true", "fit.n_samples=31"]
+        result = dmgen_command("train", config, *few, "--out", tmp_path / "run")
+        refused(result, "a batch of 32 texts from the fit, and fit.n_samples is 31")
 
     def test_no_folder(self, config):
         refused(dmgen_command("train", config), "--out")

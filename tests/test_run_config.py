@@ -362,21 +362,14 @@ def test_the_model_under_a_classifier_computes_in_the_precision_of_the_run(tmp_p
         ({"method": "KLControl", "trainer": {"backward_size": 8}}, "backward_size"),
         ({"method": "KLControl", "method_options": {"clip": 3.0}}, "clip must"),
         ({"method": "FDPG", "method_options": {"divergence": ["alpha", "x"]}}, "finite number a"),
-        ({"method": "VarGrad", "constraints": [SPORTS]}, "'VarGrad' .* breaks .*sports"),
+        ({"method": "VarGrad", "constraints": [SPORTS]}, "VarGrad minimises .*sports"),
         (
             {
                 "method": "FDPG",
                 "method_options": {"divergence": "reverse_kl"},
                 "constraints": [FEMALE, SPORTS],
             },
-            "'FDPG' with {'divergence': 'reverse_kl'} is infinite",
-        ),
-        (
-            {
-                "trainer": {"first_batches_from_fit": True, "batch_size": 64},
-                "fit": {"n_samples": 63},
-            },
-            "fit.n_samples is 63",
+            "FDPG with divergence 'reverse_kl' minimises is infinite",
         ),
     ],
 )

@@ -43,7 +43,7 @@ class Processes:
         """
         if n_launched() == 1:
             return cls()
-        return cls(int(os.environ["RANK"]), n_launched(), device.type == "cpu")
+        return cls(int(os.environ.get("RANK", "0")), n_launched(), device.type == "cpu")
 
     @property
     def is_main(self) -> bool:

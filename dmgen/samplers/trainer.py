@@ -86,8 +86,9 @@ class Trainer:
         self.proposal: Any = self.first_proposal
         self.processes = Processes.here(self.parameters[0].device)
         self.rows = self.processes.rows(config.batch_size)
-        log_z = torch.tensor([] if target.log_z is None else [target.log_z.value])
-        if not (self.processes.agree(target.lambdas) and self.processes.agree(log_z)):
+        log_z = target.log_z.value if target.log_z else 0.0
+        fitted = torch.cat([target.lambdas, torch.tensor([log_z], dtype=torch.float64)])
+        if bool(fitted.any()) and not self.processes.agree(fitted):
             raise ValueError("the processes have targets of different λ or Z: give EBM.fit a seed")
         self.optimizer = _optimizer(config, self.parameters)
         self.generator = stream("train", config.seed)
