@@ -91,9 +91,10 @@ def cost(throughput: Result) -> str:
             continue
         config = result["config"]["trainer"]
         own = seconds_a_step(result) * throughput["texts"] / config["batch_size"]
-        # What GDC and GDC++ draw from, once it has moved; the averaged weights.
-        more = (config["proposal_rule"] != "policy") + bool(config["average_decay"])
-        peak = throughput["peak_bytes"][str(throughput["texts"])] + more * 4 * N_WEIGHTS
+        if config["average_decay"]:
+            peak = throughput["improved_peak_bytes"]
+        else:  # with the model that is drawn from once the proposal has moved
+            peak = throughput["peak_bytes"][str(throughput["texts"])] + 4 * N_WEIGHTS
         shares = (own / expected_seconds(result, throughput), result["peak_bytes"] / peak)
         cells = (result["task"], result["method"], *(f"{share:.2f}" for share in shares))
         lines.append(f"| {' | '.join(cells)} |")

