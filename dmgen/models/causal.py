@@ -417,7 +417,13 @@ class CausalLM:
                     mask = samples.mask[now, :used].to(device)
                     # Ids after the end may be no ids at all; they are read, if by no state kept.
                     tokens = tokens.masked_fill(~mask, self.tokenizer.eos_token_id)
-                    part = compute(start, tokens, mask)  # (n, used, ...)
+                    n = len(now)
+                    more = min(passes.rows_computed(n, device, self.dtype), size) - n
+                    tokens, mask = (
+                        torch.nn.functional.pad(x, (0, 0, 0, more), value=v)
+                        for x, v in ((tokens, self.tokenizer.eos_token_id), (mask, False))
+                    )
+                    part = compute(start, tokens, mask)[:n]  # (n, used, ...)
                     padding = (0, 0) * len(shape) + (0, width - used)
                     parts.append(torch.nn.functional.pad(part, padding))
         found = torch.cat(parts)[torch.tensor(order, dtype=torch.long).argsort().to(device)]

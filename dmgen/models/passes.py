@@ -181,6 +181,13 @@ def texts_a_pass(model: Any, length: int, *, chunked: bool) -> int:
     return max(1, _LOGIT_BYTES // (4 * _vocab_size(model) * length))
 
 
+def rows_computed(n: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Rows that a pass of `n` texts is computed with, see `_ROWS`; those of no text are masked."""
+    if device.type != "cpu" or dtype == torch.float32:
+        return n
+    return _rounded_up(n) if n > _ROWS // 2 else 1 << (n - 1).bit_length()
+
+
 def linear_head(model: Any) -> torch.nn.Linear | None:
     """The output layer, if it is a plain linear one and no hook changes what comes out of it."""
     head = model.get_output_embeddings()

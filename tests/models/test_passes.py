@@ -339,6 +339,36 @@ class TestCost:
         assert all(n % 16 == 0 for n in n_rows | n_states)
         assert {16, 32, 64} < n_rows  # finished texts are dropped, if by sixteens
 
+    def test_how_many_texts_are_scored_makes_few_shapes(self):
+        """Such as those of a batch that have a gradient, another number at every step."""
+        lm = lm_of(tied_llama, scale=0.3, length=3, dtype=torch.bfloat16)
+        samples = lm.sample(48, seed=0)
+
+        def run():
+            for n in range(1, 49):
+                lm.log_prob(samples[:n])
+
+        assert {n for n, _ in self.widths(lm, run)} == {1, 2, 4, 8, 16, 32, 48}
+
+    @pytest.mark.parametrize("chunked", [True, False])
+    def test_rows_of_no_text_change_nothing(self, chunked, monkeypatch):
+        policy = lm_of(tied_llama, scale=0.3, length=4, chunked_head=chunked).copy()
+        samples = policy.sample(11, seed=0)
+
+        def found():
+            policy.model.zero_grad()
+            log_prob = policy.log_prob(samples, grad=True)
+            (log_prob @ torch.linspace(-1, 2, 11, dtype=torch.float64)).backward()
+            grads = torch.cat([p.grad.flatten() for p in policy.parameters()])
+            return log_prob.detach(), policy.hidden_states(samples), grads
+
+        plain = found()
+        monkeypatch.setattr(passes, "rows_computed", lambda n, *_: n + 5)
+        rows = self.widths(policy, lambda: torch.testing.assert_close(
+            found(), plain, rtol=1e-5, atol=1e-5
+        ))  # fmt: skip
+        assert {n for n, _ in rows} == {16}
+
     @pytest.mark.parametrize("chunked", [True, False])
     def test_the_logits_of_all_positions_are_never_held(self, chunked, monkeypatch):
         v, n, length = 4000, 30, 5
