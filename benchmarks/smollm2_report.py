@@ -102,7 +102,7 @@ def cost(throughput: Result) -> str:
 
 
 def expected_seconds(result: Result, throughput: Result) -> float:
-    """What the phases of a step take in throughput.py, each as often as this run needs it.
+    """What a whole step takes in throughput.py, less and more what this run does otherwise.
 
     The median step of GDC and GDC++ is one before the proposal moves: texts are the base's, and
     log a is known. GDC scores those texts alone that have no gradient, since they miss a hard
@@ -118,8 +118,8 @@ def expected_seconds(result: Result, throughput: Result) -> float:
         return features + middle["dmgen bf16 improved"]["step"]
     hard = result["method"] == "GDC" and 1.0 in asked(result).values()
     ((name, _),) = asked(result).items()
-    share = of_base(result)[name][0] if hard else 1.0
-    return features + one["sample"] + share * one["backward"] + (1 - share) * one["score"]
+    missed = 1 - of_base(result)[name][0] if hard else 0.0
+    return features + one["step"] - one["score"] - missed * (one["backward"] - one["score"])
 
 
 def outlook() -> str:

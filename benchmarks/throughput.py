@@ -264,9 +264,8 @@ def table(result: dict[str, Any]) -> str:
                  for p in PHASES]  # fmt: skip
         lines.append(f"| {other} / {own} | " + " | ".join(cells) + " |")
     peaks = [f"{n} texts {b / 2**30:.2f} GiB" for n, b in result["peak_bytes"].items()]
-    if "improved_peak_bytes" in result:
-        improved = result["improved_peak_bytes"] / 2**30
-        peaks.append(f"improved, {result['texts']} texts {improved:.2f} GiB")
+    improved = result["improved_peak_bytes"] / 2**30
+    peaks.append(f"improved, {result['texts']} texts {improved:.2f} GiB")
     return "\n".join([*lines, "", f"Peak memory of a step in bf16, micro-batch {MICRO_BATCH}: "
                       f"{', '.join(peaks)}."])  # fmt: skip
 
