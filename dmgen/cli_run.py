@@ -78,7 +78,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
             report.write_report(out)
     except (KeyboardInterrupt, Exception):
         kept = "the metrics and the last checkpoint; to go on from it"
-        if not _has_checkpoint(out):
+        if not runs.has_checkpoint(out):
             kept = "λ, but there was no checkpoint yet; to train again from the first step"
         typer.echo(
             f"\nStopped after step {sampler.step} of {config.n_steps}. {out} keeps {kept}:\n"
@@ -167,7 +167,7 @@ def fit_draw(config: RunConfig) -> dict[str, Any]:
 
 def _go_on(sampler: Trainer, config: RunConfig, out: Path) -> None:
     """Brings a new sampler to where the run in `out` stands, with the texts it still has to use."""
-    if _has_checkpoint(out):
+    if runs.has_checkpoint(out):
         sampler.resume(out)
     else:
         # Stopped before its first checkpoint: the same steps again, with the same λ.
@@ -182,10 +182,6 @@ def _go_on(sampler: Trainer, config: RunConfig, out: Path) -> None:
         draw = fit_draw(config)
         sampler.target.fit_samples = sampler.target.base.sample(draw.pop("n_samples"), **draw)
     typer.echo(f"Going on from step {sampler.step} of {config.n_steps}, with λ as it was fitted.")
-
-
-def _has_checkpoint(out: Path) -> bool:
-    return any((out / "checkpoints").glob("step-*"))
 
 
 def load_model(name: str | Path, config: RunConfig) -> dmgen.CausalLM:
@@ -279,7 +275,7 @@ def finished(run: Path, device: str | None) -> tuple[RunConfig, dmgen.CausalLM]:
 def base_of(config: RunConfig) -> dmgen.CausalLM:
     """The base of a finished run, computing as the policy does that `finished` gives."""
     base = load_model(config.base, config)
-    if config.policy.adapter:
+    if config.policy.adapter and config.dtype:
         # With the rounded weights that the adapter was added to.
         base = base.copy()
         base.dtype = torch.float32

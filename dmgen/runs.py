@@ -204,6 +204,11 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, facts
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run can go on from a checkpoint."""
+    return bool(_checkpoints(folder))
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     """The whole checkpoints of a run, the oldest first."""
     found = {

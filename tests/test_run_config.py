@@ -249,7 +249,7 @@ class TestRoundTrip:
         target=st.floats(0.01, 0.4).map(lambda low: (low, low + 0.5)) | st.floats(0.01, 0.99),
         seed=st.integers(0, 2**40),
         rate=st.floats(1e-30, 1.0),
-        method=st.sampled_from(sorted(SAMPLERS.keys() - {"VarGrad"})),  # it takes no SPORTS
+        method=st.sampled_from(sorted(SAMPLERS)),
     )
     @example(base="1e4", prompt="\x85\r\n\u2028 é", target=0.5, seed=0, rate=1e-5, method="DPG")
     def test_written_and_read_again_it_is_equal(
@@ -257,7 +257,8 @@ class TestRoundTrip:
     ):
         config = RunConfig(
             base=base,
-            constraints=[FEMALE | {"target": target}, SPORTS],
+            # VarGrad takes no pointwise constraint.
+            constraints=[FEMALE | {"target": target}, SPORTS][: 1 if method == "VarGrad" else 2],
             prompt=prompt,
             method=method,
             trainer=TrainerConfig(learning_rate=rate, seed=seed),

@@ -413,16 +413,14 @@ class CausalLM:
                     size = _batch_size(batch_size, room)
                     now, rows = rows[:size], rows[size:]
                     order += now.tolist()
-                    tokens = samples.tokens[now, :used].to(device)
-                    mask = samples.mask[now, :used].to(device)
-                    # Ids after the end may be no ids at all; they are read, if by no state kept.
-                    tokens = tokens.masked_fill(~mask, self.tokenizer.eos_token_id)
                     n = len(now)
                     more = min(passes.rows_computed(n, device, self.dtype), size) - n
-                    tokens, mask = (
-                        torch.nn.functional.pad(x, (0, 0, 0, more), value=v)
-                        for x, v in ((tokens, self.tokenizer.eos_token_id), (mask, False))
-                    )
+                    now = torch.nn.functional.pad(now, (0, more))
+                    tokens = samples.tokens[now, :used].to(device)
+                    mask = samples.mask[now, :used].to(device)
+                    mask[n:] = False
+                    # Ids after the end may be no ids at all; they are read, if by no state kept.
+                    tokens = tokens.masked_fill(~mask, self.tokenizer.eos_token_id)
                     part = compute(start, tokens, mask)[:n]  # (n, used, ...)
                     padding = (0, 0) * len(shape) + (0, width - used)
                     parts.append(torch.nn.functional.pad(part, padding))
