@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmgen import config_file, features, runs
+from dmgen import config_file, factor, features, runs
 from dmgen.constraints import Feature, Moment, Pointwise
 from dmgen.ebm import EBM
 from dmgen.models.base import LanguageModel
@@ -139,12 +139,12 @@ class RunConfig:
                 raise ValueError(
                     f"device must be like 'cpu', 'cuda' or 'cuda:1', got {self.device!r}"
                 ) from error
-        hard = [c.name for c in self.build_constraints() if isinstance(c, Pointwise)]
+        hard = [c.name for c in self.build_constraints() if _is_hard(c)]
         if hard and needs_possible_texts(sampler.method, sampler.divergence):
             given = f" with divergence {sampler.divergence!r}" if sampler.divergence else ""
             raise ValueError(
-                f"what {self.method}{given} minimises is infinite where a text may break a "
-                f"pointwise constraint ({', '.join(hard)}): take GDCpp, or moments instead"
+                f"what {self.method}{given} minimises is infinite where a text may break a hard "
+                f"constraint ({', '.join(hard)}): take GDCpp, or moments between 0 and 1 instead"
             )
 
     def _sampler_of_nothing(self) -> Trainer:
@@ -306,6 +306,13 @@ def _constraint(
     except (ValueError, TypeError) as error:
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{where}: {error}") from error
+
+
+def _is_hard(constraint: Pointwise | Moment) -> bool:
+    """Whether a text that breaks the constraint has P = 0."""
+    if isinstance(constraint, Pointwise):
+        return True
+    return constraint.feature.binary is True and factor.hard_edge(constraint) is not None
 
 
 def _plain(value: Any) -> Any:

@@ -257,7 +257,7 @@ class TestRoundTrip:
     ):
         config = RunConfig(
             base=base,
-            # VarGrad takes no pointwise constraint.
+            # VarGrad takes no hard constraint.
             constraints=[FEMALE | {"target": target}, SPORTS][: 1 if method == "VarGrad" else 2],
             prompt=prompt,
             method=method,
@@ -364,6 +364,7 @@ def test_the_model_under_a_classifier_computes_in_the_precision_of_the_run(tmp_p
         ({"method": "KLControl", "method_options": {"clip": 3.0}}, "clip must"),
         ({"method": "FDPG", "method_options": {"divergence": ["alpha", "x"]}}, "finite number a"),
         ({"method": "VarGrad", "constraints": [SPORTS]}, "VarGrad minimises .*sports"),
+        ({"method": "VarGrad", "constraints": [FEMALE | {"target": 0}]}, "VarGrad .*female"),
         (
             {
                 "method": "FDPG",

@@ -55,7 +55,7 @@ class Trainer:
 
     Raises:
         ValueError: the policy has nothing to train, or is the target's own base; a setting does
-            not go with the method or the number of processes; processes have different targets.
+            not go with the method or the number of processes.
     """
 
     method: ClassVar[str]
@@ -86,10 +86,6 @@ class Trainer:
         self.proposal: Any = self.first_proposal
         self.processes = Processes.here(self.parameters[0].device)
         self.rows = self.processes.rows(config.batch_size)
-        log_z = target.log_z.value if target.log_z else 0.0
-        fitted = torch.cat([target.lambdas, torch.tensor([log_z], dtype=torch.float64)])
-        if bool(fitted.any()) and not self.processes.agree(fitted):
-            raise ValueError("the processes have targets of different λ or Z: give EBM.fit a seed")
         self.optimizer = _optimizer(config, self.parameters)
         self.generator = stream("train", config.seed)
         self.step = 0
@@ -122,10 +118,12 @@ class Trainer:
         that `checkpoint_every` wrote. `log` is called with each row of metrics.
 
         Raises:
-            ValueError: `out` holds another run.
+            ValueError: `out` holds another run, or the processes have different targets.
             FloatingPointError: an advantage or a gradient is not finite; names its terms, or the
                 step. No update is made of it, and the last checkpoint is untouched.
         """
+        if not self.processes.agree(self._fitted()):
+            raise ValueError("the processes have targets of different λ or Z: give EBM.fit a seed")
         config, given = self.config, self.target.fit_samples
         if config.first_batches_from_fit and not self.step and len(given or ()) < config.batch_size:
             raise ValueError(
@@ -213,6 +211,11 @@ class Trainer:
         row["seconds"] = round(self.seconds, 3)
         self.health.watch(row)
         return row
+
+    def _fitted(self) -> Tensor:
+        """What the target knows of itself by a draw: λ and log Z, 0 where it was not fitted."""
+        log_z = self.target.log_z.value if self.target.log_z else 0.0
+        return torch.cat([self.target.lambdas, torch.tensor([log_z], dtype=torch.float64)])
 
     def reward(self, values: dict[str, Tensor], log_score: Tensor) -> Tensor | None:
         """What a reward-maximising method pays for each text, `(N,)`; None for the others."""

@@ -50,9 +50,12 @@ SCRIPT = textwrap.dedent(
         }
     rank = sampler.processes.rank
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
-    different = dmgen.EBM(base, [dmgen.Moment(has_ab, 0.5)], [1.0 + rank])
+    # One of them fitted to a pointwise constraint, the other not fitted.
+    different = dmgen.EBM(base, [dmgen.Pointwise(has_ab)])
+    if rank:
+        different = dmgen.EBM.fit(base, different.constraints, n_samples=2000, seed=0)
     try:
-        dmgen.GDC(base.copy(), different, config)
+        dmgen.GDC(base.copy(), different, config).train(1)
     except ValueError as error:
         (out / f"refused-{rank}.txt").write_text(str(error))
     """
@@ -196,5 +199,7 @@ def test_processes_of_different_targets_are_refused(differ, base, target, monkey
     monkeypatch.setattr(Processes, "gather", lambda _, own: torch.cat([own, own + 0.5]))
     hard = dmgen.Pointwise(dmgen.feature(lambda text: "ab" in text, name="ab"))
     given = target if differ == "lambdas" else dmgen.EBM.fit(base, [hard], n_samples=500, seed=0)
+    sampler = dmgen.GDC(base.copy(), given, dmgen.TrainerConfig(batch_size=64))
     with pytest.raises(ValueError, match="different λ or Z"):
-        dmgen.GDC(base.copy(), given, dmgen.TrainerConfig(batch_size=64))
+        sampler.train(1)
+    assert sampler.step == 0
