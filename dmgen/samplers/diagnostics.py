@@ -1,13 +1,57 @@
-"""The variance of the gradient estimate, as in the GDC++ paper's Figure 5."""
+"""What is measured of a step: statistics of its batch, and the variance of its gradient."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dmgen import divergences, log_weights
 from dmgen.models.base import Samples
+
+
+def batch_statistics(
+    log_q: Tensor,
+    log_score: Tensor,
+    log_policy: Tensor,
+    advantage: Tensor,
+    values: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """What a batch of texts from q says of target and policy, from log-probabilities alone.
+
+    Args:
+        log_q, log_score, log_policy: log q, log P and log π of each text, `(N,)`, nats.
+        advantage: `(N,)`.
+        values: feature values `(N,)` by name.
+
+    Returns:
+        ESS in texts, KL(p‖π) and KL(p‖q) in nats (NaN where no text is possible under p), mean,
+        mean size and variance of the advantage, the largest weight's share (where there is one),
+        and "moment/NAME", the policy's.
+    """
+    log_w = log_score - log_q
+    # Nothing is known of p before the first text that is possible under it.
+    any_hit = bool((log_w > -math.inf).any())
+    to_policy, to_proposal = (
+        divergences.kl(log_score, log_x, log_q).value if any_hit else math.nan
+        for log_x in (log_policy, log_q)
+    )
+    found = {
+        "ess": log_weights.ess(log_w),
+        "kl_target_policy": to_policy,
+        "kl_target_proposal": to_proposal,
+        "advantage_mean": float(advantage.mean()),
+        "advantage_abs_mean": float(advantage.abs().mean()),
+        "advantage_var": float(advantage.var(correction=0)),
+    }
+    if any_hit:
+        found["largest_weight"] = float(torch.softmax(log_w, 0).max())
+    for name, column in values.items():
+        found[f"moment/{name}"] = float(log_weights.mean(log_policy - log_q, column)[0])
+    return found
 
 
 def gradient_variance(policy: Any, samples: Samples, advantage: Tensor) -> dict[str, float]:

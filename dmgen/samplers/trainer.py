@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dmgen import divergences, log_weights, runs
+from dmgen import runs
 from dmgen.ebm import EBM
 from dmgen.metrics.evaluate import evaluate
 from dmgen.models.base import Samples, stream
 from dmgen.samplers import checkpoint
 from dmgen.samplers.averaging import WeightAverage
 from dmgen.samplers.config import TrainerConfig
-from dmgen.samplers.diagnostics import gradient_variance
+from dmgen.samplers.diagnostics import batch_statistics, gradient_variance
 from dmgen.samplers.health import Health
 from dmgen.samplers.memory import micro_batch
 from dmgen.samplers.objectives import (
@@ -199,7 +199,15 @@ class Trainer:
             a = torch.zeros_like(log_w)
         self.step += 1
         self.n_drawn += self.config.batch_size
-        row = self._row(log_q, log_score, log_policy, a, values) | extra
+        row: dict[str, Any] = {
+            "step": self.step,
+            "samples": self.n_drawn,
+            "seconds": 0.0,
+            "log_z": self.z.log_z,
+            "log_z_stderr": self.z.stderr,
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+        }
+        row |= batch_statistics(log_q, log_score, log_policy, a, values) | extra
         # Texts of the fit are the base's, whatever the proposal is.
         if not from_fit or self.proposal is self.target.base:
             mixed = log_base if self.config.base_share else None
@@ -393,43 +401,6 @@ class Trainer:
         drift = self.z_round.drift_from(self.z_before)
         self.z_before, self.z_round = self.z, ZPool()
         return drift
-
-    def _row(
-        self,
-        log_q: Tensor,
-        log_score: Tensor,
-        log_policy: Tensor,
-        a: Tensor,
-        values: dict[str, Tensor],
-    ) -> dict[str, Any]:
-        log_w = log_score - log_q
-        # Nothing is known of p before the first text that is possible under it.
-        any_hit = bool((log_w > -math.inf).any())
-        to_policy, to_proposal = (
-            divergences.kl(log_score, log_x, log_q).value if any_hit else math.nan
-            for log_x in (log_policy, log_q)
-        )
-        row: dict[str, Any] = {
-            "step": self.step,
-            "samples": self.n_drawn,
-            "seconds": 0.0,
-            "log_z": self.z.log_z,
-            "log_z_stderr": self.z.stderr,
-            "ess": log_weights.ess(log_w),
-            "kl_target_policy": to_policy,
-            "kl_target_proposal": to_proposal,
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "advantage_mean": float(a.mean()),
-            "advantage_abs_mean": float(a.abs().mean()),
-            "advantage_var": float(a.var(correction=0)),
-        }
-        if any_hit:
-            row["largest_weight"] = float(torch.softmax(log_w, 0).max())
-        for feature in self.target.features:
-            row[f"moment/{feature.name}"] = float(
-                log_weights.mean(log_policy - log_q, values[feature.name])[0]
-            )
-        return row
 
     def _record(self, folder: Path, row: dict[str, Any]) -> None:
         runs.append_row(folder / "metrics.jsonl", row)
