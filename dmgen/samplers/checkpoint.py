@@ -76,17 +76,18 @@ def load(sampler: Trainer, folder: Path) -> None:
         sampler.proposal.load_state_dict(groups["proposal"])
     own_weights = sampler.policy.state_dict()
     average = groups.get("average", {})
-    sampler.average.load({k: v.to(own_weights[k]) for k, v in average.items()})
+    # What is kept is copied: one tensor of the file would keep all of it in memory.
+    sampler.average.load({k: v.to(own_weights[k], copy=True) for k, v in average.items()})
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in groups.get("optimizer", {}).items():
         i, key = name.split(".")
-        state.setdefault(int(i), {})[key] = value
+        state.setdefault(int(i), {})[key] = value.clone()
     sampler.optimizer.load_state_dict(
         {"state": state, "param_groups": sampler.optimizer.state_dict()["param_groups"]}
     )
     # A checkpoint of an older version leaves it out where it is empty.
     sampler.comparison.clear()
-    sampler.comparison.seen = tensors.get("since_change", sampler.comparison.seen)
+    sampler.comparison.seen = tensors.get("since_change", sampler.comparison.seen).clone()
     sampler.generator.set_state(tensors["generator"])
     sampler.step, sampler.n_drawn = facts["step"], facts["samples"]
     sampler.seconds = facts["seconds"]

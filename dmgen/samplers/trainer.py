@@ -347,6 +347,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * self.config.share_at(self.step)
         self.optimizer.step()
+        # As large as the weights, and not needed while texts are drawn, scored and judged.
+        self.optimizer.zero_grad(set_to_none=True)
         self.average.update(self.step)
 
     def _measured(self, samples: Samples) -> Tensor | None:

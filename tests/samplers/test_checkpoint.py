@@ -1,5 +1,7 @@
 """What a resumed run takes over, and what it refuses."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -95,3 +97,14 @@ def test_no_steps_leave_no_run(base, target, tmp_path):
     sampler = dmgen.GDC(base.copy(), target, config())
     sampler.train(0, out=tmp_path)
     assert len(sampler.train(2, out=tmp_path)) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_a_resumed_run_does_not_hold_its_checkpoint_in_memory(base, target, tmp_path):
+    settings = config(average_decay=0.9, proposal_rule="kl")
+    first = dmgen.GDC(base.copy(), target, settings)
+    first.train(8, out=tmp_path)
+    assert first.proposal is not first.first_proposal  # the file has all that there can be
+    sampler = dmgen.GDC(base.copy(), target, settings)
+    sampler.resume(tmp_path)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()

@@ -657,3 +657,20 @@ def test_adamw_decays_the_weights(base, target):
     # The decay that torch takes is 0.01, times the rate.
     expected = after["adam"] - 0.05 * 0.01 * base.logits.detach()
     torch.testing.assert_close(after["adamw"], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reuse": 2, "learning_rate": "auto"}])
+def test_gradients_are_not_kept_while_texts_are_drawn_and_judged(
+    settings, base, target, monkeypatch
+):
+    policy, kept = base.copy(), []
+    sample = policy.sample
+
+    def watch(*arguments, **options):
+        kept.append([p.grad for p in policy.parameters()])
+        return sample(*arguments, **options)
+
+    monkeypatch.setattr(policy, "sample", watch)
+    dmgen.DPG(policy, target, config(batch_size=64, **settings)).train(3)
+    assert kept == [[None]] * 3
+    assert [p.grad for p in policy.parameters()] == [None]
