@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dmgen import runs
+from dmgen.samplers.proposal import copy_in_one_block
 from dmgen.samplers.z_pool import ZPool
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def load(sampler: Trainer, folder: Path) -> None:
     sampler.policy.load_state_dict(groups["policy"])
     sampler.proposal = sampler.first_proposal
     if "proposal" in groups:
-        sampler.proposal = sampler.policy.copy()
+        sampler.proposal = copy_in_one_block(sampler.policy)
         sampler.proposal.load_state_dict(groups["proposal"])
     own_weights = sampler.policy.state_dict()
     average = groups.get("average", {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -77,6 +78,22 @@ def draw_mixture(
 
 def _mixture(log_q: Tensor, log_base: Tensor, share: float) -> Tensor:
     return torch.logaddexp(log_q + math.log1p(-share), log_base + math.log(share))
+
+
+def copy_in_one_block(policy: Any) -> Any:
+    """A copy of the policy whose weights lie in one block of memory.
+
+    One by one they would settle in the gaps that the activations of the last step have left in the
+    heap, and the activations of the next step would need new room besides: as much memory again.
+    """
+    copied = policy.copy()
+    weights = list(copied.parameters())
+    if len({(p.dtype, p.device) for p in weights}) == 1:
+        block = torch.cat([p.detach().flatten() for p in weights])
+        parts = torch.split(block, [p.numel() for p in weights])
+        for p, part in zip(weights, parts, strict=True):
+            p.data = part.view_as(p)
+    return copied
 
 
 class Comparison:

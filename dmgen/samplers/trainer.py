@@ -31,7 +31,7 @@ from dmgen.samplers.objectives import (
     needs_whole_batch,
 )
 from dmgen.samplers.processes import Processes
-from dmgen.samplers.proposal import Comparison, draw_mixture, draw_rows
+from dmgen.samplers.proposal import Comparison, copy_in_one_block, draw_mixture, draw_rows
 from dmgen.samplers.subset import inclusion_probabilities, systematic_sample
 from dmgen.samplers.z_pool import ZPool
 
@@ -390,7 +390,7 @@ class Trainer:
         if not due or not self.comparison.is_won(self.z.log_z):
             return False
         if self.proposal is self.first_proposal:
-            self.proposal = self.policy.copy()
+            self.proposal = copy_in_one_block(self.policy)
         else:
             self.proposal.load_state_dict(self.policy.state_dict())
         self.comparison.clear()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import dmgen
-from dmgen.samplers.proposal import is_closer
+from dmgen.samplers.proposal import copy_in_one_block, is_closer
 
 
 @pytest.mark.parametrize("rule", ["policy", "kl"])
@@ -74,3 +74,19 @@ def test_few_effective_texts_decide_nothing():
     of_more[:21] = 0.0
     assert not is_closer("kl", of_few, log_ratio, 0.0)
     assert is_closer("kl", of_more, log_ratio, 0.0)
+
+
+def test_a_copy_in_one_block_is_a_copy(llama_lm):
+    policy = llama_lm.copy()
+    copied = copy_in_one_block(policy)
+    blocks = {p.untyped_storage().data_ptr() for p in copied.parameters()}
+    assert len(blocks) == 1 < len(list(copied.parameters()))
+    assert len({p.untyped_storage().data_ptr() for p in policy.parameters()}) > 1
+    samples = policy.sample(8, seed=0)
+    assert torch.equal(copied.log_prob(samples), policy.log_prob(samples))
+    with torch.no_grad():
+        next(copied.parameters()).add_(1.0)  # weights of its own
+    assert not torch.equal(copied.log_prob(samples), policy.log_prob(samples))
+    copied.load_state_dict(policy.state_dict())
+    assert torch.equal(copied.log_prob(samples), policy.log_prob(samples))
+    assert {p.untyped_storage().data_ptr() for p in copied.parameters()} == blocks
