@@ -55,7 +55,7 @@ SCRIPT = textwrap.dedent(
     if rank:
         different = dmgen.EBM.fit(base, different.constraints, n_samples=2000, seed=0)
     try:
-        dmgen.GDC(base.copy(), different, config).train(1)
+        dmgen.GDC(base.copy(), different, dmgen.TrainerConfig(batch_size=64)).train(1)
     except ValueError as error:
         (out / f"refused-{rank}.txt").write_text(str(error))
     """
