@@ -83,8 +83,8 @@ def _mixture(log_q: Tensor, log_base: Tensor, share: float) -> Tensor:
 def copy_in_one_block(policy: Any) -> Any:
     """A copy of the policy whose weights lie in one block of memory.
 
-    One by one they would settle in the gaps that the activations of the last step have left in the
-    heap, and the activations of the next step would need new room besides: as much memory again.
+    One by one they would take the gaps that a step's activations have left in the heap, and those
+    of the next step would need more room.
     """
     copied = policy.copy()
     weights = list(copied.parameters())
