@@ -75,8 +75,6 @@ class Processes:
 
     def agree(self, own: Tensor) -> bool:
         """Whether all processes hold the same numbers."""
-        if not own.numel():
-            return True
         return bool((self.gather(own).view(self.count, *own.shape) == own).all())
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
