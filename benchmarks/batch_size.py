@@ -16,13 +16,16 @@ import json
 from typing import Any
 
 import record
-import worlds
+import synthetic
 from tqdm import tqdm
 
 import dmgen
-from dmgen import runs
+from dmgen import storage
 
-TASKS = {"pointwise": worlds.pointwise("acb"), "distributional": worlds.distributional("dd", 0.5)}
+TASKS = {
+    "pointwise": synthetic.pointwise("acb"),
+    "distributional": synthetic.distributional("dd", 0.5),
+}
 METHODS = {
     "GDC++": (dmgen.GDCpp, {}),
     "GDC": (dmgen.GDC, {}),
@@ -126,12 +129,12 @@ def main() -> None:
         "n_samples": N_SAMPLES,
         "learning_rate": LEARNING_RATE,
         "seeds": n_seeds,
-        "n_texts": len(worlds.base().enumerate()),
+        "n_texts": len(synthetic.base().enumerate()),
         "rows": [run(*cell, N_SAMPLES) for cell in tqdm(cells)],
     }
     print(table(result))
     if not args.quick:
-        runs.write_json(record.RESULTS / "batch_size.json", result)
+        storage.write_json(record.RESULTS / "batch_size.json", result)
         plot(result, str(record.RESULTS / "batch_size.png"))
 
 

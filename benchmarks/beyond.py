@@ -28,13 +28,14 @@ from typing import Any
 
 import pandas as pd
 import record
+import synthetic
 import torch
-import worlds
 from tqdm import tqdm
 
 import dmgen
-from dmgen import log_weights, runs
-from dmgen.metrics.evaluate import evaluate
+from dmgen import storage
+from dmgen.estimates import weights as log_weights
+from dmgen.evaluation.evaluate import evaluate
 
 Setting = tuple[Any, dict[str, Any], dict[str, Any]]  # class, its options, settings of the run
 
@@ -101,7 +102,7 @@ BIOS: dict[str, Setting] = {
 
 def run_rare(name: str, seed: int) -> dict[str, Any]:
     """One run on the rare target: exact KL(p‖π) after every RARE_EVERY texts."""
-    target = worlds.pointwise(WORD)
+    target = synthetic.pointwise(WORD)
     exact = target.exact()
     kind, options, settings = RARE[name]
     config = dmgen.TrainerConfig(
@@ -190,7 +191,7 @@ def run_all(part: str, share: int, n_shares: int) -> None:
         if not path.exists():
             started = time.time()
             result = {"part": part, "name": name, "seed": seed} | run(name, seed)
-            runs.write_json(path, result | {"wall": time.time() - started} | record.facts())
+            storage.write_json(path, result | {"wall": time.time() - started} | record.facts())
 
 
 def load(part: str) -> pd.DataFrame:

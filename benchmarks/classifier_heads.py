@@ -19,7 +19,7 @@ from pathlib import Path
 import record
 
 import dmgen
-from dmgen import runs
+from dmgen import storage
 from dmgen.features import fit_classifier
 
 HEADS = Path(__file__).parent / "heads"
@@ -77,7 +77,7 @@ def main() -> None:
         facts = record.facts()
         facts["command"] = facts["command"].replace(str(args.data), "DATA")
         facts["n_texts"] = len(texts)
-        runs.write_json(folder / "made_by.json", facts)
+        storage.write_json(folder / "made_by.json", facts)
         print(f"{folder}: accuracy {head.test_accuracy} on {head.test_accuracy.n:,} texts held out")
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 import record
 from run_grid import EVERYWHERE, METHODS, TASKS, TWO_TASKS
 
-from dmgen.report import plots
+from dmgen.report import figures
 
 POINTWISE = [path.stem for path in TASKS[:6]]
 # A row of the figures: its name, and what it is drawn of.
@@ -123,10 +123,10 @@ def draw_training() -> Any:
         "distributional and hybrid": frame[~frame["task"].isin(POINTWISE)],
     }
     figure, axes = _figure(2, len(PANELS))
-    colours = plots.palette(EVERYWHERE)
+    colours = figures.palette(EVERYWHERE)
     for row, (name, part) in zip(axes, groups.items(), strict=True):
         for ax, (value, title) in zip(row, PANELS, strict=True):
-            plots.draw_curves(ax, part, value, colours=colours)
+            figures.draw_curves(ax, part, value, colours=colours)
             ax.set_title(f"{title}\n{name}", fontsize=10, loc="left")
             if value.startswith("kl_"):
                 # Reward maximisation is tens of nats away, the others are about one.
@@ -145,7 +145,7 @@ def draw_noise() -> Any:
         for ax, (value, title) in zip(row, NOISE, strict=True):
             own = frame[(frame["task"] == task) & frame[value].notna()]
             window = 10 if len(own) > 50 else 1
-            plots.draw_curves(ax, own, value, window=window, colours=plots.palette(EVERYWHERE))
+            figures.draw_curves(ax, own, value, window=window, colours=figures.palette(EVERYWHERE))
             ax.set_title(f"{title}\n{task}", fontsize=10, loc="left")
             ax.set_yscale("log")
     _legend(figure, axes)
@@ -156,7 +156,7 @@ def draw_batches() -> Any:
     """After Figure 4: KL(p‖π) at the end by batch size, with 95 % intervals."""
     figure, axes = _figure(1, len(TWO_TASKS))
     for ax, task in zip(axes[0], TWO_TASKS, strict=True):
-        for method, (colour, _) in plots.palette(["GDC++", "GDC"]).items():
+        for method, (colour, _) in figures.palette(["GDC++", "GDC"]).items():
             points = batches(task, method)
             sizes = list(points)
             values, errors = zip(*points.values(), strict=True) if points else ((), ())

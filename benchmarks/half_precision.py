@@ -19,8 +19,8 @@ import torch
 from tqdm import tqdm
 
 import dmgen
-from dmgen import runs
-from dmgen.models import passes
+from dmgen import storage
+from dmgen.models.hf import scoring
 
 N_TEXTS, LENGTH, SEED = 256, 40, 5
 PROMPTS = ("He complained that", "This person")
@@ -37,7 +37,7 @@ def states_in_bfloat16(base: dmgen.CausalLM, samples: dmgen.Samples) -> torch.Te
     start = base._prompt_ids(samples.prompts[0], LENGTH)
     with torch.no_grad():
         parts = [
-            passes.score(base.model, start, samples.tokens[i], samples.mask[i], chunked=True)
+            scoring.score(base.model, start, samples.tokens[i], samples.mask[i], chunked=True)
             for i in torch.split(torch.arange(len(samples)), 32)
         ]
     return torch.cat(parts)
@@ -91,7 +91,7 @@ def main() -> None:
     args = parser.parse_args()
     result = record.facts() | {"rows": measure(str(args.model))}
     print(table(result))
-    runs.write_json(record.RESULTS / "half_precision.json", result)
+    storage.write_json(record.RESULTS / "half_precision.json", result)
 
 
 if __name__ == "__main__":

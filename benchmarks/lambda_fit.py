@@ -40,7 +40,7 @@ import scipy
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
-from dmgen.moments import MomentsUnreachable, fit_lambdas
+from dmgen.target.moments import MomentsUnreachable, fit_lambdas
 
 KINDS = ("binary", "rare", "real")
 Array = NDArray[np.float64]

@@ -14,7 +14,7 @@ import numpy as np
 from lambda_fit import cpu_name
 from scipy import stats
 
-from dmgen import runs
+from dmgen import storage
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,7 +34,7 @@ def facts() -> dict[str, Any]:
         "commit": commit.stdout.strip() or "unknown",
         "hardware": {"cpus": os.cpu_count(), "cpu": cpu_name()},
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "versions": runs.versions(),
+        "versions": storage.versions(),
     }
 
 

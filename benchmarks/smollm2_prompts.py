@@ -18,7 +18,7 @@ import record
 from tqdm import tqdm
 
 import dmgen
-from dmgen import features, runs
+from dmgen import features, storage
 
 PROMPTS = (
     "It was",
@@ -79,7 +79,7 @@ def main() -> None:
             row[feature.name] = [round(float(values.mean()), 4), round(stderr, 4)]
         rows.append(row)
     found = {"base": Path(args.base).name, "n_texts": args.texts, "rows": rows}
-    runs.write_json(record.RESULTS / "smollm2_prompts.json", found | record.facts())
+    storage.write_json(record.RESULTS / "smollm2_prompts.json", found | record.facts())
     print(pd.DataFrame(rows).to_string())
 
 

@@ -16,7 +16,7 @@ import record
 from grid_report import asked, final
 from smollm2_runs import OWN_METHODS, TASKS, cells, path_of
 
-from dmgen.report import plots
+from dmgen.report import figures
 
 CAVEAT = "SmolLM2-135M-Instruct, dequantised from Q4_1"
 KL = "kl_target_policy"
@@ -153,7 +153,7 @@ def draw() -> Any:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(3, len(TASKS), figsize=(11, 8.5), layout="constrained")
-    colours = plots.palette(OWN_METHODS)
+    colours = figures.palette(OWN_METHODS)
     for column, task in zip(axes.T, TASKS, strict=True):
         for result in load():
             if result["task"] != task.stem:

@@ -24,10 +24,10 @@ import record
 from run_grid import METHODS, run
 from tqdm import tqdm
 
-from dmgen import runs
-from dmgen.cli_run import fit_target, load_model
-from dmgen.run_config import RunConfig
-from dmgen.target_file import load_target, save_target
+from dmgen import storage
+from dmgen.cli.console import fit_target, load_model
+from dmgen.experiment.config import RunConfig
+from dmgen.experiment.publish import load_target, save_target
 
 TASKS = sorted((Path(__file__).parent / "tasks" / "smollm2").glob("*.yaml"))
 OWN_METHODS = {
@@ -68,7 +68,7 @@ def one(name: str, task: Path, method: str, args: argparse.Namespace) -> None:
     result |= {"task": task.stem, "method": method, "seed": config.trainer.seed}
     result["wall_seconds"] = round(time.time() - started, 1)
     path_of(name).parent.mkdir(parents=True, exist_ok=True)
-    runs.write_json(path_of(name), result | facts)
+    storage.write_json(path_of(name), result | facts)
 
 
 def main() -> None:

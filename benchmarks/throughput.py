@@ -43,8 +43,8 @@ import torch
 from tqdm import tqdm
 
 import dmgen
-from dmgen import runs
-from dmgen.models.causal import CausalLM
+from dmgen import storage
+from dmgen.models.causal_lm import CausalLM
 
 LENGTH, MICRO_BATCH = 40, 32
 N_CALLS = 5  # of each shape, for the floor
@@ -309,7 +309,7 @@ def main() -> None:
     }
     print(table(json.loads(json.dumps(result))))  # as it will be read from its file
     label = args.model.rstrip("/").split("/")[-1].replace("-", "_")
-    runs.write_json(record.RESULTS / f"throughput_{label}.json", result)
+    storage.write_json(record.RESULTS / f"throughput_{label}.json", result)
 
 
 if __name__ == "__main__":

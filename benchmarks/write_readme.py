@@ -27,27 +27,27 @@ import throughput
 from lambda_fit import cpu_name
 from lambda_fit import table as lambda_table
 
-from dmgen import runs
+from dmgen import storage
 
 HERE = Path(__file__).parent
 
 
 def take_demo(run: Path) -> None:
     """Keeps what a finished run of the demo measured in results/demo.json."""
-    final = [row for row in runs.read_rows(run / "evaluations.jsonl") if row.get("final")][-1]
-    steps = runs.read_rows(run / "metrics.jsonl")
+    final = [row for row in storage.read_rows(run / "evaluations.jsonl") if row.get("final")][-1]
+    steps = storage.read_rows(run / "metrics.jsonl")
     result = {
         "command": "dmgen demo",
         "seeds": {"trainer": 0, "fit": 1, "evaluate": final["seed"]},
         "hardware": {"cpus": os.cpu_count(), "cpu": cpu_name()},
-        "versions": runs.versions(),
+        "versions": storage.versions(),
         "n_samples": final["n_samples"],
         "n_steps": len(steps),
         "samples": steps[-1]["samples"],
         "training_seconds": steps[-1]["seconds"],
         "rows": final["rows"],
     }
-    runs.write_json(HERE / "results" / "demo.json", result)
+    storage.write_json(HERE / "results" / "demo.json", result)
 
 
 def demo_table(result: dict[str, Any]) -> str:

@@ -1,26 +1,66 @@
-"""dmgen: make the output distribution of a text generator obey constraints."""
+"""dmgen: make the output distribution of a text generator obey constraints.
 
-from dmgen import features
-from dmgen.constraints import Feature, FeatureError, Moment, Pointwise, feature
-from dmgen.ebm import EBM
-from dmgen.metrics.diversity import distinct_n, self_bleu
-from dmgen.metrics.evaluate import Evaluation, evaluate
-from dmgen.models.base import LanguageModel, Samples
-from dmgen.models.causal import CausalLM
-from dmgen.models.tabular import TabularLM
-from dmgen.moments import MomentFit, MomentsUnreachable
-from dmgen.samplers.config import TrainerConfig
-from dmgen.samplers.kl_control import KLControl
-from dmgen.samplers.monte_carlo import (
-    ImportanceResampling,
-    MetropolisHastings,
-    QuasiRejection,
-    Rejection,
-)
-from dmgen.samplers.policy_gradient import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
-from dmgen.score import Score
+The names in `__all__` and those of `dmgen.features` are public; everything else may change.
+"""
 
-__version__ = "0.1.0"
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from dmgen import old_paths
+
+if TYPE_CHECKING:
+    from dmgen import features
+    from dmgen.constraints.constraint import Moment, Pointwise
+    from dmgen.constraints.feature import Feature, FeatureError, feature
+    from dmgen.estimates.score import Score
+    from dmgen.evaluation.diversity import distinct_n, self_bleu
+    from dmgen.evaluation.evaluate import evaluate
+    from dmgen.evaluation.result import Evaluation
+    from dmgen.models.causal_lm import CausalLM
+    from dmgen.models.protocols import LanguageModel
+    from dmgen.models.samples import Samples
+    from dmgen.models.tabular import TabularLM
+    from dmgen.monte_carlo.mcmc import MetropolisHastings
+    from dmgen.monte_carlo.quasi_rejection import QuasiRejection
+    from dmgen.monte_carlo.rejection import Rejection
+    from dmgen.monte_carlo.resampling import ImportanceResampling
+    from dmgen.target.ebm import EBM
+    from dmgen.target.moments import MomentFit, MomentsUnreachable
+    from dmgen.training.config import TrainerConfig
+    from dmgen.training.kl_control import KLControl
+    from dmgen.training.methods import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
+
+__version__ = "0.2.0"
+
+# Imported when first asked for (PEP 562): `import dmgen` itself loads neither torch nor
+# transformers.
+_HOMES = {
+    "dmgen.constraints.constraint": ("Moment", "Pointwise"),
+    "dmgen.constraints.feature": ("Feature", "FeatureError", "feature"),
+    "dmgen.estimates.score": ("Score",),
+    "dmgen.evaluation.diversity": ("distinct_n", "self_bleu"),
+    "dmgen.evaluation.evaluate": ("evaluate",),
+    "dmgen.evaluation.result": ("Evaluation",),
+    "dmgen.models.causal_lm": ("CausalLM",),
+    "dmgen.models.protocols": ("LanguageModel",),
+    "dmgen.models.samples": ("Samples",),
+    "dmgen.models.tabular": ("TabularLM",),
+    "dmgen.monte_carlo.mcmc": ("MetropolisHastings",),
+    "dmgen.monte_carlo.quasi_rejection": ("QuasiRejection",),
+    "dmgen.monte_carlo.rejection": ("Rejection",),
+    "dmgen.monte_carlo.resampling": ("ImportanceResampling",),
+    "dmgen.target.ebm": ("EBM",),
+    "dmgen.target.moments": ("MomentFit", "MomentsUnreachable"),
+    "dmgen.training.config": ("TrainerConfig",),
+    "dmgen.training.kl_control": ("KLControl",),
+    "dmgen.training.methods": (
+        "DPG", "FDPG", "GDC", "GDCpp", "Reinforce", "ReinforceP", "VarGrad",
+    ),
+}  # fmt: skip
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 __all__ = [
     "DPG",
@@ -56,3 +96,19 @@ __all__ = [
     "features",
     "self_bleu",
 ]
+
+sys.meta_path.append(old_paths.Finder())
+
+
+def __getattr__(name: str) -> Any:
+    if name == "features":
+        return import_module("dmgen.features")
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'dmgen' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,6 +1,6 @@
 """`python -m dmgen` is the command `dmgen`."""
 
-from dmgen.cli import main
+from dmgen.cli.app import main
 
 if __name__ == "__main__":
     main(prog_name="dmgen")

@@ -5,23 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-)
+from worlds import as_table, tiny_gpt2, tiny_llama
 
-from dmgen import EBM, Moment, feature, runs
+from dmgen import EBM, Moment, feature, storage
+from dmgen.experiment.config import RunConfig
 from dmgen.models import CausalLM, TabularLM
-from dmgen.run_config import RunConfig
-from dmgen.samplers.config import TrainerConfig
+from dmgen.training.config import TrainerConfig
 
 
 @pytest.fixture
@@ -41,17 +33,6 @@ def target(base: TabularLM) -> EBM:
     """Half of the texts hold "ab", which few of the base's do."""
     has_ab = feature(lambda text: "ab" in text, name="ab")
     return EBM.fit(base, [Moment(has_ab, 0.5)], n_samples=4000, seed=0)
-
-
-def as_table(world: TabularLM, log_prob: torch.Tensor) -> TabularLM:
-    """The model that gives every text of `world`, in their order, this log-probability."""
-    every = world.enumerate()
-    # Each token of each text adds the text's probability to the row of its prefix.
-    cells = (world._prefix_rows(every.tokens)[every.mask], every.tokens[every.mask])
-    p = log_prob.exp()[:, None].expand(every.mask.shape)[every.mask]
-    mass = torch.zeros_like(world.logits).index_put_(cells, p, accumulate=True)
-    logits = torch.where(mass.sum(-1, keepdim=True) > 0, mass.log(), 0.0)
-    return TabularLM(world.vocab, logits, world.max_new_tokens, eos=world.eos)
 
 
 @pytest.fixture
@@ -76,75 +57,6 @@ def gpt2_lm() -> CausalLM:
 def llama_lm() -> CausalLM:
     """A random Llama over "abc" whose tokenizer puts a BOS, distinct from EOS, before all text."""
     return tiny_llama()
-
-
-def tiny_gpt2(dtype: torch.dtype | None = None) -> CausalLM:
-    tokenizer = letters("<end>", bos="<end>", eos="<end>", pad="<end>")
-    config = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_positions=8,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        resid_pdrop=0.5,  # must have no influence
-        attn_pdrop=0.5,
-        embd_pdrop=0.5,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    model = randomised(GPT2LMHeadModel(config), scale=0.3, seed=0)
-    return CausalLM(model, tokenizer, max_new_tokens=4, dtype=dtype)
-
-
-def tiny_llama(dtype: torch.dtype | None = None) -> CausalLM:
-    tokenizer = letters("<s>", "</s>", bos="<s>", eos="</s>", add_bos=True)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=8,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    model = randomised(LlamaForCausalLM(config), scale=0.3, seed=3)
-    return CausalLM(model, tokenizer, max_new_tokens=3, dtype=dtype)
-
-
-def letters(
-    *special: str,
-    bos: str | None = None,
-    eos: str | None = None,
-    pad: str | None = None,
-    add_bos: bool = False,
-    add_eos: bool = False,
-) -> PreTrainedTokenizerFast:
-    """A tokenizer of the given special tokens, in that order, and the letters a, b and c."""
-    vocab = {token: i for i, token in enumerate([*special, "a", "b", "c"])}
-    tokenizer = Tokenizer(models.WordLevel(vocab))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    if add_bos or add_eos:
-        template = [bos] * add_bos + ["$A"] + [eos] * add_eos
-        added = {token for token in (bos, eos) if token in template}
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=" ".join(template), special_tokens=[(token, vocab[token]) for token in added]
-        )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad
-    )
-
-
-def randomised(model: Any, *, scale: float, seed: int) -> Any:
-    """The model with normal weights, large enough that its probabilities are far from uniform."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 # A run folder as the command line leaves it, written by hand: no model is needed to read one.
@@ -209,8 +121,8 @@ def make_run(tmp_path):
             n_steps=6,
             trainer=TrainerConfig(batch_size=64, learning_rate=rate, seed=seed),
         )
-        runs.write_config(folder, config.to_mapping())
-        runs.write_json(folder / "target.json", TARGET)
+        storage.write_config(folder, config.to_mapping())
+        storage.write_json(folder / "target.json", TARGET)
         rows = [
             {
                 "step": step, "samples": 64 * step, "seconds": 1.5 * step, "log_z": 0.64,
@@ -221,14 +133,14 @@ def make_run(tmp_path):
             }
             for step in range(1, n_steps + 1)
         ]  # fmt: skip
-        runs.write_rows(folder / "metrics.jsonl", rows)
+        storage.write_rows(folder / "metrics.jsonl", rows)
         if verdict is not None:
-            runs.write_rows(folder / "evaluations.jsonl", [evaluation(n_steps, moment, verdict)])
+            storage.write_rows(folder / "evaluations.jsonl", [evaluation(n_steps, moment, verdict)])
             pair = {
                 "prompt": "", "base": "He was born.", "policy": NASTY,
                 "features": {"base": {"female": 0.0}, "policy": {"female": 1.0}},
             }  # fmt: skip
-            runs.write_rows(folder / "samples.jsonl", [pair] * 10)
+            storage.write_rows(folder / "samples.jsonl", [pair] * 10)
             (folder / "policy").mkdir()
         return folder
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import dmgen
-from dmgen.cli import DEMO
+from dmgen.cli.app import DEMO
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)

@@ -1,13 +1,15 @@
 """Ready-made features, a family a file; any other is `dmgen.feature(function, name=...)`."""
 
-from dmgen.features.classifiers import ClassifierHead, classifier, fit_classifier
+from dmgen.features.classifier import ClassifierHead, classifier, fit_classifier
 from dmgen.features.config import from_config
-from dmgen.features.interop import from_estimator, from_pipeline, from_reward
-from dmgen.features.lengths import length
-from dmgen.features.pronouns import gender, gender_gdc
-from dmgen.features.reading_ease import readability
-from dmgen.features.tone import sentiment
-from dmgen.features.words import regex, word, wordlist
+from dmgen.features.estimator import from_estimator
+from dmgen.features.gender import gender, gender_gdc
+from dmgen.features.length import length
+from dmgen.features.pipeline import from_pipeline
+from dmgen.features.readability import readability
+from dmgen.features.rewards import from_reward
+from dmgen.features.sentiment import sentiment
+from dmgen.features.wordlist import regex, word, wordlist
 
 __all__ = [
     "ClassifierHead",

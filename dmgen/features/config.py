@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import Tensor
 
-from dmgen.constraints import Feature
-from dmgen.features.classifiers import ClassifierHead, Embed, classifier
+from dmgen.constraints.feature import Feature
+from dmgen.features.classifier import ClassifierHead, Embed, classifier
+from dmgen.features.gender import gender, gender_gdc
 from dmgen.features.labels import Threshold
-from dmgen.features.lengths import length
-from dmgen.features.pronouns import gender, gender_gdc
-from dmgen.features.reading_ease import readability
-from dmgen.features.tone import sentiment
-from dmgen.features.words import regex, word, wordlist
+from dmgen.features.length import length
+from dmgen.features.readability import readability
+from dmgen.features.sentiment import sentiment
+from dmgen.features.wordlist import regex, word, wordlist
 
 __all__ = ["from_config"]
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
+
+from dmgen.constraints.feature import Feature
 
 __all__ = ["Threshold", "Wanted", "label_name", "wanted"]
 
@@ -106,3 +108,9 @@ def _check_threshold(threshold: object) -> None:
         )
     if not 0 < threshold <= 1:  # NaN is neither
         raise ValueError(f"threshold is a probability in (0, 1], got {threshold!r}")
+
+
+def labelled(fn: Any, label: object, name: str | None, binary: bool) -> Feature:
+    """Return a batched feature that is named after its label unless a name is given."""
+    name = label_name(label) if name is None else name
+    return Feature(fn, name, batched=True, binary=binary)

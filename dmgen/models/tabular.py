@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dmgen.models.base import Samples, draw_tokens, refuse_nan, uniforms
+from dmgen.models.random_draws import draw_tokens, uniforms
+from dmgen.models.samples import Samples, refuse_nan
 
 
 class TabularLM:

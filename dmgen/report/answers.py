@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from dmgen.report import words
+from dmgen.estimates.score import Score
+from dmgen.report import phrasing
 from dmgen.report.markup import Markup, join, tag
 from dmgen.report.read import Row, RunRecord, as_score, interval, policy_rows
-from dmgen.score import Score
 
 _BADGES = {"met": "met", "not met": "unmet", "undecided": "open"}
 
@@ -36,23 +36,23 @@ def certificate(record: RunRecord) -> list[Markup]:
     final = record.final
     rows = policy_rows(final)
     if len(sentences) != len(rows):  # made without a configuration
-        sentences = [_capital(words.asked_in_numbers(row, final["tolerance"])) for row in rows]
+        sentences = [_capital(phrasing.asked_in_numbers(row, final["tolerance"])) for row in rows]
     bases = {r["metric"]: as_score(r) for r in final["rows"] if r["model"] == "base"}
     answers = [
         _answer(sentence, row, bases[row["metric"]], final["tolerance"])
         for sentence, row in zip(sentences, rows, strict=True)
     ]
     how_sure = (
-        f"Measured on {words.n_texts(final):,} fresh texts of the policy, which it was not trained "
-        "on. A 99 % interval misses the true mean once in a hundred times; the verdict is “met” or "
-        "“not met” only if the whole interval says so."
+        f"Measured on {phrasing.n_texts(final):,} fresh texts of the policy, which it was not "
+        "trained on. A 99 % interval misses the true mean once in a hundred times; the verdict is "
+        "“met” or “not met” only if the whole interval says so."
     )
     parts = [
         tag("h2", "What was asked, and what was reached"),
         tag("div", *answers, class_="cards"),
         tag("p", how_sure, class_="quiet"),
     ]
-    off = words.target_is_off(final)
+    off = phrasing.target_is_off(final)
     if off:
         text = (
             f"The target itself misses {', '.join(off)}: λ was fitted on too few texts, and a "
@@ -67,7 +67,7 @@ def questions(record: RunRecord) -> list[str]:
     if record.config is None:
         return []
     pairs = zip(record.config.constraints, record.constraints, strict=True)
-    return [words.asked(entry, binary=bool(c.feature.binary)) for entry, c in pairs]
+    return [phrasing.asked(entry, binary=bool(c.feature.binary)) for entry, c in pairs]
 
 
 def _answer(sentence: str, row: Row, base: Score, tolerance: float) -> Markup:
@@ -77,15 +77,15 @@ def _answer(sentence: str, row: Row, base: Score, tolerance: float) -> Markup:
         "div",
         tag("p", tag("span", "Asked", class_="quiet")),
         tag("h3", f"{sentence}."),
-        tag("p", f"({words.asked_in_numbers(row, tolerance)})", class_="quiet"),
+        tag("p", f"({phrasing.asked_in_numbers(row, tolerance)})", class_="quiet"),
         tag(
             "p",
             tag("span", "Reached ", class_="quiet"),
             tag("data", f"{found.value:.3g}", value=repr(found.value), class_="big"),
-            f" (99 % interval {words.spread(row)}) ",
+            f" (99 % interval {phrasing.spread(row)}) ",
             tag("span", row["verdict"], class_=f"verdict {_BADGES[row['verdict']]}"),
         ),
-        tag("p", f"{words.reached(row, tolerance)} Before, the base had {base}."),
+        tag("p", f"{phrasing.reached(row, tolerance)} Before, the base had {base}."),
         _track(row, base, tolerance),
         class_="card",
     )  # fmt: skip
@@ -138,13 +138,18 @@ def _price(final: Row) -> list[Markup]:
             tag("h3", f"{price.title}: {price.symbol}"),
             tag(
                 "p",
-                tag("data", words.number(price.score), value=repr(price.score.value), class_="big"),
+                tag(
+                    "data",
+                    phrasing.number(price.score),
+                    value=repr(price.score.value),
+                    class_="big",
+                ),
                 " nats",
             ),
             tag("p", price.meaning),
             class_="card",
         )
-        for price in words.prices(final)
+        for price in phrasing.prices(final)
     ]
     glossary = (
         "a is the base, π the policy, p the target: the distribution closest to the base that "

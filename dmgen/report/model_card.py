@@ -6,11 +6,11 @@ from pathlib import Path
 
 import yaml
 
-from dmgen import runs
-from dmgen.report import words
+from dmgen import storage
+from dmgen.experiment.publish import publish
+from dmgen.report import phrasing
 from dmgen.report.answers import questions
 from dmgen.report.read import RunRecord, as_score, policy_rows
-from dmgen.target_file import publish
 
 __all__ = ["write_model_card"]
 
@@ -29,7 +29,7 @@ def write_model_card(run: str | Path) -> Path:
         raise ValueError(f"the run in {run} is not finished: it has no policy that was measured")
     publish(folder, record.config, record.target)
     path = folder / "README.md"
-    runs.write_text(path, _card(record))
+    storage.write_text(path, _card(record))
     return path
 
 
@@ -44,16 +44,16 @@ def _card(record: RunRecord) -> str:
     rows = [
         _row(
             asked,
-            words.asked_in_numbers(row, final["tolerance"]),
+            phrasing.asked_in_numbers(row, final["tolerance"]),
             _base_mean(record, row),
-            words.number(as_score(row)),
-            words.spread(row),
+            phrasing.number(as_score(row)),
+            phrasing.spread(row),
             row["verdict"],
         )
         for asked, row in zip(questions(record), policy_rows(final), strict=True)
     ]
     prices = [
-        _row(p.title, p.symbol, words.number(p.score), p.meaning) for p in words.prices(final)
+        _row(p.title, p.symbol, phrasing.number(p.score), p.meaning) for p in phrasing.prices(final)
     ]
     base_name = config.base if is_hub_id else Path(config.base).name
     seeds = f"fit {config.fit.seed}, training {config.trainer.seed}, judging {final.get('seed')}"
@@ -74,7 +74,7 @@ def _card(record: RunRecord) -> str:
         "| --- | --- | --- | --- |",
         *prices,
         "",
-        f"Measured on {words.n_texts(final):,} fresh texts. a is the base, "
+        f"Measured on {phrasing.n_texts(final):,} fresh texts. a is the base, "
         "π this policy, p the distribution closest to the base that meets the constraints exactly. "
         "± is one standard error.",
         "",
@@ -84,7 +84,7 @@ def _card(record: RunRecord) -> str:
         f"- Seeds: {seeds}",
         f"- Made under: {', '.join(f'{k} {v}' for k, v in record.versions.items())}",
         "- `dmgen.json` holds the configuration and the target: "
-        "`from dmgen.target_file import load_published; load_published(folder)` rebuilds it",
+        "`from dmgen.experiment.publish import load_published; load_published(folder)` rebuilds it",
         "",
     ])  # fmt: skip
 
@@ -97,4 +97,4 @@ def _row(*cells: str) -> str:
 def _base_mean(record: RunRecord, row: dict[str, object]) -> str:
     final = record.final or {"rows": []}
     found = [r for r in final["rows"] if r["metric"] == row["metric"] and r["model"] == "base"]
-    return words.number(as_score(found[0])) if found else ""
+    return phrasing.number(as_score(found[0])) if found else ""

@@ -9,17 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dmgen.metrics.verdicts import LEVEL, TOLERANCE
-from dmgen.report import plots
+from dmgen.estimates.score import Score
+from dmgen.evaluation.verdicts import LEVEL, TOLERANCE
+from dmgen.report import figures
 from dmgen.report.markup import Markup, tag
-from dmgen.report.read import (
-    RunRecord,
-    bases_of,
-    evaluations_frame,
-    goals_of,
-    metrics_frame,
-)
-from dmgen.score import Score
+from dmgen.report.read import RunRecord, bases_of, evaluations_frame, goals_of, metrics_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,14 +39,14 @@ class Panel:
     caption: str
 
 
-def figures(panels: Iterable[Panel]) -> Markup:
+def figure_grid(panels: Iterable[Panel]) -> Markup:
     """The panels side by side, each with its caption."""
     return tag(
         "div",
         *(
             tag(
                 "figure",
-                tag("img", src=plots.to_data_uri(p.figure), alt=f"{p.title}. {p.caption}"),
+                tag("img", src=figures.to_data_uri(p.figure), alt=f"{p.title}. {p.caption}"),
                 tag("figcaption", p.caption),
             )
             for p in panels
@@ -66,7 +60,7 @@ def save_pngs(panels: Iterable[Panel], page: Path) -> list[Path]:
     written = []
     for panel in panels:
         path = page.with_name(f"{page.stem}-{panel.name}.png")
-        path.write_bytes(plots.to_png(panel.figure))
+        path.write_bytes(figures.to_png(panel.figure))
         written.append(path)
     return written
 
@@ -85,7 +79,7 @@ class Curves:
         if "advantage_mean" in self.metrics:
             self.metrics["advantage_bias"] = self.metrics["advantage_mean"].abs()
         self.evaluations = evaluations_frame(records, names)
-        self.colours = plots.palette(method for method, _ in names)
+        self.colours = figures.palette(method for method, _ in names)
         longest = max((len(record.metrics) for record in records), default=0)
         self.window = max(1, longest // 20)
 
@@ -105,11 +99,11 @@ class Curves:
         asked, bases = goals_of(self.records), bases_of(self.records)
         panels = []
         for i, name in enumerate(str(c).removeprefix("moment/") for c in columns):
-            figure, ax = plots.panel(f"Mean of {name}")
+            figure, ax = figures.panel(f"Mean of {name}")
             if name in asked:
-                plots.draw_target(ax, asked[name], tolerance=self._tolerance)
+                figures.draw_target(ax, asked[name], tolerance=self._tolerance)
             if name in bases:
-                plots.draw_level(ax, bases[name].value, "base")
+                figures.draw_level(ax, bases[name].value, "base")
             self._draw(ax, f"moment/{name}", measured=f"E[{name}]")
             caption = "Dashed: what was asked, in the band that a verdict allows."
             if name not in asked:
@@ -122,24 +116,24 @@ class Curves:
     def distance(self) -> Panel:
         """KL(p‖π) of training and evaluations; beside KL(p‖q) if this is a single run."""
         title = "Still missing: KL(p‖π), nats"
-        figure, ax = plots.panel(title)
+        figure, ax = figures.panel(title)
         least = self._least()
         if least is not None:
-            plots.draw_level(ax, least.value, "base: KL(p‖a)")
+            figures.draw_level(ax, least.value, "base: KL(p‖a)")
         single = len(self.records) == 1
         if single and self._off_policy():
-            series = plots.palette(["policy", "proposal q"])
+            series = figures.palette(["policy", "proposal q"])
             for column, label in zip(
                 ("kl_target_proposal", "kl_target_policy"), reversed(series), strict=True
             ):
                 renamed = self.metrics.assign(method=label)
-                plots.draw_curves(ax, renamed, column, window=self.window, colours=series)
+                figures.draw_curves(ax, renamed, column, window=self.window, colours=series)
             measured = self.evaluations.assign(method="policy")
-            plots.draw_points(ax, measured, "kl_target_policy", colours=series, label="measured")
+            figures.draw_points(ax, measured, "kl_target_policy", colours=series, label="measured")
         else:
             self._draw(ax, "kl_target_policy", measured="kl_target_policy")
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-        plots.finish(ax)
+        figures.finish(ax)
         caption = "0 would be perfect. A batch of few effective texts gives a rough figure."
         return Panel("kl-target-policy", figure, title, caption)
 
@@ -148,35 +142,35 @@ class Curves:
         if "kl_policy_base" not in self.evaluations:
             return None
         title = "Paid: KL(π‖a), nats"
-        figure, ax = plots.panel(title)
+        figure, ax = figures.panel(title)
         least = self._least()
         if least is not None:
-            plots.draw_level(ax, least.value, "least: KL(p‖a)")
+            figures.draw_level(ax, least.value, "least: KL(p‖a)")
         if self.evaluations["step"].nunique() > 1:
-            plots.draw_curves(ax, self.evaluations, "kl_policy_base", colours=self.colours)
-        plots.draw_points(
+            figures.draw_curves(ax, self.evaluations, "kl_policy_base", colours=self.colours)
+        figures.draw_points(
             ax, self.evaluations, "kl_policy_base", colours=self.colours, label=self._measured
         )
         ax.set_ylim(bottom=min(0.0, ax.get_ylim()[0]))
-        plots.finish(ax)
+        figures.finish(ax)
         caption = "Measured on fresh texts. The dotted line is the price of meeting all exactly."
         return Panel("kl-policy-base", figure, title, caption)
 
     def weights(self) -> list[Panel]:
         """The effective sample size of a batch, and log Z with its error."""
         title = "Effective texts in a batch (ESS)"
-        figure, ax = plots.panel(title)
+        figure, ax = figures.panel(title)
         self._draw(ax, "ess")
         sizes = {r.config.trainer.batch_size for r in self.records if r.config}
         sizes = sizes if len(sizes) == 1 else set()
         for size in sizes:
-            plots.draw_level(ax, size, "batch size")
+            figures.draw_level(ax, size, "batch size")
         ax.set_ylim(bottom=0)
-        plots.finish(ax)
+        figures.finish(ax)
         caption = "How many texts a batch is worth once weighted; all of them if q = p."
         panels = [Panel("ess", figure, title, caption)]
         title = "log Z, nats"
-        figure, ax = plots.panel(title)
+        figure, ax = figures.panel(title)
         self._draw(ax, "log_z", smooth=False)
         if len(self.records) == 1 and "log_z_stderr" in self.metrics:
             x, log_z = self.metrics["samples"], self.metrics["log_z"]
@@ -185,7 +179,7 @@ class Curves:
             ax.fill_between(
                 x[finite], (log_z - half)[finite], (log_z + half)[finite], alpha=0.18, linewidth=0
             )
-        plots.finish(ax)
+        figures.finish(ax)
         caption = "Pooled over all texts so far, with its 99 % interval; it should settle."
         if len(self.records) > 1:
             caption = "Pooled over all texts so far; it should settle."
@@ -197,7 +191,7 @@ class Curves:
         for column, title, caption in _NOISE:
             if column not in self.metrics or not (self.metrics[column] > 0).any():
                 continue
-            figure, ax = plots.panel(title, log=True)
+            figure, ax = figures.panel(title, log=True)
             self._draw(ax, column)
             panels.append(Panel(column.replace("_", "-"), figure, title, caption))
         return panels
@@ -215,10 +209,10 @@ class Curves:
         panels = []
         for i, (metric, title) in enumerate(metrics):
             rows = last["method"].nunique()
-            figure, ax = plots.panel(title, xlabel="", rows=rows + rows // 2)
+            figure, ax = figures.panel(title, xlabel="", rows=rows + rows // 2)
             if metric in goals:
-                plots.draw_target(ax, goals[metric], tolerance=self._tolerance, vertical=True)
-            plots.draw_intervals(ax, last, metric, colours=self.colours)
+                figures.draw_target(ax, goals[metric], tolerance=self._tolerance, vertical=True)
+            figures.draw_intervals(ax, last, metric, colours=self.colours)
             caption = "A point a seed, with its 99 % interval on fresh texts."
             panels.append(Panel(f"final-{i + 1}", figure, title, caption))
         return panels
@@ -237,14 +231,14 @@ class Curves:
         self, ax: Axes, column: str, *, measured: str | None = None, smooth: bool = True
     ) -> None:
         """A column of the metrics, and the measured points that belong to it."""
-        plots.draw_curves(
+        figures.draw_curves(
             ax, self.metrics, column, window=self.window if smooth else 1, colours=self.colours
         )
         if measured is not None:
-            plots.draw_points(
+            figures.draw_points(
                 ax, self.evaluations, measured, colours=self.colours, label=self._measured
             )
-        plots.finish(ax)
+        figures.finish(ax)
 
     def _least(self) -> Score | None:
         """KL(p‖a) of the fit, where all runs have about the same."""

@@ -10,11 +10,11 @@ from typing import Any
 
 import pandas as pd
 
-from dmgen import runs
-from dmgen.constraints import Moment, Pointwise
-from dmgen.metrics.verdicts import LEVEL
-from dmgen.run_config import RunConfig
-from dmgen.score import Score
+from dmgen import storage
+from dmgen.constraints.constraint import Moment, Pointwise
+from dmgen.estimates.score import Score
+from dmgen.evaluation.verdicts import LEVEL
+from dmgen.experiment.config import RunConfig
 
 __all__ = [
     "RunRecord",
@@ -69,7 +69,7 @@ class RunRecord:
             folder=folder,
             config=RunConfig.load(config) if config.is_file() else None,
             versions=_versions(config) if config.is_file() else {},
-            target=runs.read_json(target) if target.is_file() else {},
+            target=storage.read_json(target) if target.is_file() else {},
             metrics=pd.DataFrame(
                 [{k: math.nan if v is None else v for k, v in row.items()} for row in metrics]
             ),
@@ -201,7 +201,7 @@ def interval(row: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def _rows(path: Path) -> list[Row]:
-    return runs.read_rows(path) if path.is_file() else []
+    return storage.read_rows(path) if path.is_file() else []
 
 
 def _versions(config: Path) -> dict[str, str]:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dmgen import runs
-from dmgen.constraints import Feature
-from dmgen.report import answers, plots, words
+from dmgen import storage
+from dmgen.constraints.feature import Feature
+from dmgen.estimates.score import Score
+from dmgen.report import answers, figures, phrasing
 from dmgen.report.markup import Markup, join, page, table, tag
-from dmgen.report.panels import Curves, figures, save_pngs
+from dmgen.report.panels import Curves, figure_grid, save_pngs
 from dmgen.report.read import Row, RunRecord, as_score
-from dmgen.score import Score
 
 __all__ = ["write_report"]
 
@@ -48,7 +48,7 @@ def write_report(
         ValueError: there is no run in the folder.
         ImportError: matplotlib is not installed.
     """
-    plots.need_matplotlib()
+    figures.need_matplotlib()
     record = RunRecord.read(run)
     path = record.folder / "report.html" if out is None else Path(out)
     curves = Curves([record], [(record.method, 0)])
@@ -63,7 +63,7 @@ def write_report(
         *_texts(record),
         *_settings(record),
     ]
-    runs.write_text(path, page(f"{title}: dmgen report", *sections))
+    storage.write_text(path, page(f"{title}: dmgen report", *sections))
     return [path, *(save_pngs((p for group in shown.values() for p in group), path) if png else [])]
 
 
@@ -126,7 +126,7 @@ def _training(curves: Curves, shown: dict[str, list[Any]]) -> list[Markup]:
         if group:
             parts.append(tag("h2", title))
             parts += [] if len(parts) > 1 else [tag("p", curves.reading, class_="quiet")]
-            parts.append(figures(group))
+            parts.append(figure_grid(group))
     return parts
 
 
@@ -163,7 +163,7 @@ def _fit(record: RunRecord) -> list[Markup]:
             fit["targets"][i], list
         ) else [fit["targets"][i]] * 2  # fmt: skip
         asked = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        weight = tag("data", words.number(found), value=repr(found.value))
+        weight = tag("data", phrasing.number(found), value=repr(found.value))
         rows.append([name, str(base), f"{fit['hits'][i]:,}", asked, weight, str(reached)])
     parts = [
         tag("h2", "How the target was found"),
@@ -215,10 +215,12 @@ def _measured(record: RunRecord) -> list[Markup]:
     for metric, found in by_metric.items():
         own = found.get("policy") or found.get("")
         cells = [found.get(model) for model in ("base", "target")]
-        shown = [words.number(as_score(cell)) if cell else "" for cell in cells]
+        shown = [phrasing.number(as_score(cell)) if cell else "" for cell in cells]
         if own is not None:
-            value = tag("data", words.number(as_score(own)), value=repr(as_score(own).value))
-            rows.append([label(metric), *shown, value, words.spread(own), own.get("verdict", "")])
+            value = tag("data", phrasing.number(as_score(own)), value=repr(as_score(own).value))
+            rows.append(
+                [label(metric), *shown, value, phrasing.spread(own), own.get("verdict", "")]
+            )
     head = ["", "base", "target p", "policy π", "99 % interval of π", "verdict"]
     return [tag("h2", f"All measurements, at step {final['step']:,}"), table(head, rows)]
 

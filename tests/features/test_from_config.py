@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dmgen import features
-from dmgen.constraints import FeatureError
+from dmgen.constraints.feature import FeatureError
 from dmgen.features import ClassifierHead
 
 

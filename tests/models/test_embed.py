@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import letters
+from worlds import letters
 
 from dmgen.models import CausalLM, Samples
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import yaml
 
-from dmgen import EBM, features, runs
+from dmgen import EBM, features, storage
+from dmgen.experiment.config import RunConfig
+from dmgen.experiment.publish import load_published, save_target
 from dmgen.report import write_model_card
 from dmgen.report.model_card import _row
-from dmgen.run_config import RunConfig
-from dmgen.target_file import load_published, save_target
 
 
 def test_the_card_holds_the_verdicts_and_prices(make_run):
@@ -59,12 +59,12 @@ def test_names_with_a_bar_keep_to_their_cells():
 
 def test_the_number_of_texts_is_not_that_of_a_condition(make_run):
     folder = make_run("run")
-    (row,) = runs.read_rows(folder / "evaluations.jsonl")
+    (row,) = storage.read_rows(folder / "evaluations.jsonl")
     for score in row["rows"]:
         score["n"] = 2048
         if "verdict" in score:
             score["n"] = 130
-    runs.write_rows(folder / "evaluations.jsonl", [row])
+    storage.write_rows(folder / "evaluations.jsonl", [row])
     assert "Measured on 2,048 fresh texts" in write_model_card(folder).read_text(encoding="utf-8")
 
 
@@ -87,7 +87,7 @@ def test_a_published_classifier_comes_with_the_policy(make_run, tmp_path, plain_
     head.save_pretrained(tmp_path / "head")
     classifier = {"classifier": {"head": str(tmp_path / "head"), "label": "b"}}
     config = RunConfig(base="tiny-bios", constraints=[{"pointwise": classifier}], device="cuda:7")
-    runs.write_config(folder, config.to_mapping())
+    storage.write_config(folder, config.to_mapping())
     target = EBM(plain_base, config.build_constraints())
     save_target(folder, target)
     write_model_card(folder)

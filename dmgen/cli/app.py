@@ -1,0 +1,318 @@
+"""The command line. Results go to stdout, all else to stderr."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+import dmgen
+from dmgen import report as pages
+from dmgen.cli.console import (
+    TRACKERS,
+    base_of,
+    finished,
+    fit_target,
+    load_model,
+    plan,
+    refuse_other_run,
+    refuse_tracker,
+    refuse_used,
+)
+from dmgen.cli.console import run as run_all
+from dmgen.experiment.config import EvaluateConfig, FitConfig, RunConfig, from_anywhere
+from dmgen.experiment.publish import load_target
+from dmgen.training.distributed import n_launched
+
+# Everything that `dmgen demo` sets, and what its config.yaml will say.
+DEMO = RunConfig(
+    base="tiny-bios",
+    constraints=[{"moment": {"gender": "female"}, "target": 0.5}],
+    max_new_tokens=40,
+    method="GDCpp",
+    n_steps=70,
+    fit=FitConfig(n_samples=10_240),
+    trainer=dmgen.TrainerConfig(
+        batch_size=1024,
+        backward_size=320,
+        learning_rate=1.7e-4,
+        warmup_steps=3,
+        average_decay=0.95,
+        proposal_rule="policy",
+        first_batches_from_fit=True,
+        checkpoint_every=10,
+    ),
+    evaluate=EvaluateConfig(n_samples=2048),
+)
+# An ImportError is an extra that is not installed, and says so.
+_BAD_INPUT = (ValueError, TypeError, ImportError)
+# What a run can meet without a fault of dmgen's: full disks and memories, no device, no numbers.
+_FAILURES = (ArithmeticError, OSError, RuntimeError, MemoryError)
+
+
+class _Commands(TyperGroup):
+    """Makes an error one message and an exit code: 2 bad input, 1 a failure, 130 Ctrl-C."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            raise
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except _BAD_INPUT + _FAILURES as error:
+            if ctx.params.get("traceback"):
+                raise
+            typer.secho(
+                f"Error: {str(error) or type(error).__name__}", err=True, fg=typer.colors.RED
+            )
+            raise typer.Exit(2 if isinstance(error, _BAD_INPUT) else 1) from None
+
+
+main = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"dmgen {dmgen.__version__}")
+        raise typer.Exit
+
+
+@main.callback()
+def _begin(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="On an error, show where in the code it arose.")
+    ] = False,
+) -> None:
+    """Make the output distribution of a text generator obey constraints.
+
+    Start with `dmgen demo`: it debiases a small embedded model in a few minutes, offline.
+    """
+    if n_launched() > 1:
+        raise ValueError(
+            f"dmgen works in one process, and a launcher started it in {n_launched()} processes: "
+            "to train in several, use dmgen's samplers in a script"
+        )
+    # A console without Greek letters shows "?" for them, and does not end the run.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    # The one place that quiets transformers: its bars and notes would tear ours apart.
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+
+
+_Run = Annotated[
+    Path,
+    typer.Argument(metavar="RUN", help="A run folder, made by `dmgen train` or `dmgen demo`."),
+]
+_Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="What to do, as YAML.")]
+_Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings put over those of the file: trainer.batch_size=256 constraints.0.target=0.4",
+        show_default=False,
+    ),
+]
+_Png = Annotated[bool, typer.Option("--png", help="Write each plot as a PNG beside the page.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+_Device = Annotated[
+    str | None, typer.Option(help="Such as cpu or cuda:0. [default: the run's own]")
+]
+
+
+@main.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Another seed gives other texts.")] = 0,
+) -> None:
+    """Debias a small embedded model: half of its texts on women.
+
+    The model writes biographies, hardly any of them about women. It comes with dmgen: nothing is
+    downloaded. The command fits the target, trains a policy, evaluates it on fresh texts, and
+    leaves a run folder that the other commands read.
+    """
+    config = replace(
+        DEMO,
+        trainer=replace(DEMO.trainer, seed=seed),
+        fit=replace(DEMO.fit, seed=seed + 1),
+        evaluate=replace(DEMO.evaluate, seed=seed + 2),
+    )
+    refuse_used(out)
+    run_all(config, out)
+
+
+@main.command()
+def train(
+    config: _Config,
+    overrides: _Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The run folder to make. Needed, but for --print-config.")
+    ] = None,
+    track: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Send the metrics to {', '.join(TRACKERS)} too, if its package is installed."
+        ),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")
+    ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Show all settings as YAML, and do nothing else.")
+    ] = False,
+) -> None:
+    """Fit a policy to constraints on a language model.
+
+    The smallest configuration names a model and what its texts must be like:
+
+    \b
+        base: gpt2
+        constraints:
+          - pointwise: {wordlist: sports}
+          - {moment: {gender: female}, target: 0.5}
+
+    --print-config shows every other setting with its default. After Ctrl-C, the run goes on with
+
+    \b
+        dmgen train RUN/config.yaml --out RUN --resume
+    """
+    settings = RunConfig.load(config, overrides or [])
+    if print_config:
+        typer.echo(settings.to_yaml(), nl=False)
+        return
+    if out is None:
+        raise ValueError("give the run folder to make: --out runs/NAME")
+    refuse_tracker(track)
+    settings = from_anywhere(settings)
+    if resume:
+        refuse_other_run(out, settings)
+    else:
+        refuse_used(out)
+    run_all(settings, out, resume=resume, track=track)
+
+
+@main.command()
+def fit(
+    config: _Config,
+    overrides: _Overrides = None,
+    as_json: _Json = False,
+) -> None:
+    """Find λ and show what the constraints cost, before any training.
+
+    How often the base does what is asked, λ with its error, the least KL(p‖a) that the constraints
+    cost, and how many texts a smaller error of λ takes (fit.n_samples).
+    """
+    settings = RunConfig.load(config, overrides or [])
+    target = fit_target(settings, load_model(settings.base, settings), show=not as_json)
+    rows = plan(target)
+    if as_json:
+        typer.echo(json.dumps({"target": target.to_dict(), "plan": rows}, ensure_ascii=False))
+        return
+    for row in rows:
+        needs = ", ".join(f"± {k}: {v:,}" for k, v in row["samples_for_stderr"].items())
+        typer.echo(
+            f"{row['feature']}: seen in {row['hits']:,} of {row['n_samples']:,} texts.\n"
+            f"Texts for an error of λ of {needs}"
+        )
+
+
+@main.command()
+def report(
+    run: _Run,
+    out: Annotated[
+        Path | None, typer.Option(help="The page. [default: report.html in the run folder]")
+    ] = None,
+    png: _Png = False,
+) -> None:
+    """Write a run as one HTML page that needs no network."""
+    for path in pages.write_report(run, out, png=png):
+        typer.echo(path)
+
+
+@main.command()
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN RUN ...", help="Two run folders or more.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("compare.html"),
+    png: _Png = False,
+) -> None:
+    """Write several runs on one page: methods as colours, seeds as bands."""
+    for path in pages.write_comparison(runs, out, png=png):
+        typer.echo(path)
+
+
+@main.command()
+def evaluate(
+    run: _Run,
+    n: Annotated[
+        int | None,
+        typer.Option("-n", help="Texts of the policy and of the base. [default: the run's own]"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Another seed, other texts. [default: the run's own]")
+    ] = None,
+    device: _Device = None,
+    as_json: _Json = False,
+) -> None:
+    """Measure the policy of a run on fresh texts.
+
+    Moments with their 99 % intervals and verdicts, what the policy forgot (KL), diversity. Without
+    options, it gives the figures that the run ended with; but a policy whose adapter was trained in
+    half precision is measured in float32, as is its base.
+    """
+    config, policy = finished(run, device)
+    target = load_target(run, config, base_of(config))
+    scores = dmgen.evaluate(
+        policy,
+        target,
+        n_samples=config.evaluate.n_samples if n is None else n,
+        seed=config.evaluate.seed if seed is None else seed,
+    )
+    typer.echo(scores.to_json() if as_json else scores)
+
+
+@main.command()
+def sample(
+    run: _Run,
+    n: Annotated[int, typer.Option("-n", min=1, help="How many texts.")] = 20,
+    seed: Annotated[
+        int | None, typer.Option(help="The same seed, the same texts. [default: new ones]")
+    ] = None,
+    device: _Device = None,
+    as_json: _Json = False,
+) -> None:
+    """Print texts of the policy of a run."""
+    config, policy = finished(run, device)
+    drawn = policy.sample(n, prompt=config.prompt, seed=seed)
+    if not as_json:
+        for i, text in enumerate(drawn.texts, 1):
+            typer.echo(f"{i:>{len(str(n))}}  {' '.join(text.split())}")
+        return
+    read = {f.name: f for c in config.build_constraints() for f in c.features}
+    values = {name: f(drawn.texts, drawn.prompts).tolist() for name, f in read.items()}
+    for i, (text, log_prob) in enumerate(zip(drawn.texts, drawn.log_prob.tolist(), strict=True)):
+        features = {name: column[i] for name, column in values.items()}
+        row = {"prompt": config.prompt, "text": text, "log_prob": log_prob, "features": features}
+        typer.echo(json.dumps(row, ensure_ascii=False))

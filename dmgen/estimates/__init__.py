@@ -1,0 +1,1 @@
+"""Numbers with errors: scores, importance weights, divergences and intervals."""

@@ -1,0 +1,140 @@
+"""Features that ask whether a text contains some words or a pattern."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from itertools import groupby
+
+from dmgen.constraints.feature import Feature
+
+__all__ = ["regex", "word", "wordlist"]
+
+
+@dataclass(frozen=True)
+class _Contains:
+    pattern: re.Pattern[str]
+    # Whether accents that are signs of their own are joined with their letters first: such a sign
+    # is no part of a word to a pattern.
+    composed: bool = False
+
+    def __call__(self, texts: Sequence[str]) -> list[bool]:
+        if self.composed:
+            texts = [unicodedata.normalize("NFC", text) for text in texts]
+        return [self.pattern.search(text) is not None for text in texts]
+
+
+def wordlist(
+    words: str | Iterable[str], *, name: str | None = None, case_sensitive: bool = False
+) -> Feature:
+    """Return the feature "the text contains at least one word of the list".
+
+    Words match whole ("art" is not in "party"; it is in "state-of-the-art"), phrases with any
+    white space between their words. dmgen's own lexicons were written to hit sentences of
+    biographies on their topic: art, business, military, music, politics, religion, royalty,
+    science, sports. One more, insults, is a sober list of words that abuse a person: a floor for
+    toxicity, blind to threats, irony and slurs against groups, and no judge of quotations.
+
+    Args:
+        words: the name of one of these lexicons, or words and phrases of your own.
+        name: the feature's name; a lexicon has its own, a list of your own needs one.
+        case_sensitive: whether case must agree.
+
+    Raises:
+        TypeError: if a word is not a string.
+        ValueError: if there is no such lexicon, the list is empty or has a blank entry (it would
+            match every text), or a list of your own has no name.
+    """
+    if isinstance(words, str):
+        entries, name = _lexicon(words), words if name is None else name
+    elif name is None:
+        raise ValueError("a word list of your own needs a name: wordlist(words, name=...)")
+    elif isinstance(words, Iterable):
+        entries = tuple(words)
+    else:
+        raise TypeError(f"words must be a lexicon's name or a list of words, got {words!r}")
+    return _contains(_whole_words(entries, case_sensitive), name, composed=True)
+
+
+def word(text: str, *, name: str | None = None, case_sensitive: bool = False) -> Feature:
+    """Return the feature "the text contains this word (or phrase)", whole.
+
+    Args:
+        text: the word.
+        name: the feature's name; the word itself if not given.
+        case_sensitive: whether case must agree ("US" and "us"; the GDC papers say yes).
+
+    Raises:
+        TypeError: if it is not a string.
+        ValueError: if it is blank.
+    """
+    pattern = _whole_words((text,), case_sensitive)
+    return _contains(pattern, text if name is None else name, composed=True)
+
+
+def regex(pattern: str | re.Pattern[str], *, name: str | None = None) -> Feature:
+    """Return the feature "the pattern is found somewhere in the text".
+
+    Args:
+        pattern: of Python's `re`, compiled or not; case counts unless it says otherwise ("(?i)").
+        name: the feature's name; the pattern itself if not given.
+
+    Raises:
+        TypeError: if the pattern is not one of strings.
+        ValueError: if it is no regular expression.
+    """
+    source = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    if not isinstance(source, str):
+        raise TypeError(f"a pattern must be a string or a compiled one of strings, got {pattern!r}")
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{source!r} is no regular expression: {error}") from error
+    return _contains(compiled, source if name is None else name)
+
+
+def _contains(pattern: re.Pattern[str], name: str, *, composed: bool = False) -> Feature:
+    ask = _Contains(pattern, composed)
+    return Feature(ask, name, batched=True, binary=True, pattern=pattern)
+
+
+@cache
+def _lexicon(name: str) -> tuple[str, ...]:
+    lexicons = {
+        path.name.removesuffix(".txt"): path
+        for path in (files(__package__) / "lexicons").iterdir()
+        if path.name.endswith(".txt")
+    }
+    if name not in lexicons:
+        raise ValueError(f"unknown lexicon {name!r}; there are {', '.join(sorted(lexicons))}")
+    return tuple(lexicons[name].read_text(encoding="utf-8").splitlines())
+
+
+def _whole_words(words: Sequence[str], case_sensitive: bool) -> re.Pattern[str]:
+    for entry in words:
+        if not isinstance(entry, str):
+            raise TypeError(f"words must be strings, got {entry!r}")
+        if not entry.strip():
+            raise ValueError(f"a blank word would match every text, got {entry!r}")
+    if not words:
+        raise ValueError("a word list needs at least one word")
+    # Alternatives under their first letter: five times faster than one flat list of a hundred.
+    # The longest first, so that a match marks the whole phrase and not the word it begins with.
+    plain = {" ".join(unicodedata.normalize("NFC", entry).split()) for entry in words}
+    by_letter = groupby(sorted(plain), lambda w: w[0])
+    branches = []
+    for letter, group in by_letter:
+        tails = "|".join(_escape(w[1:]) for w in sorted(group, key=len, reverse=True))
+        branches.append(f"{_escape(letter)}(?:{tails})")
+    # Not \b, which finds no border after the last sign of "C++".
+    source = rf"(?<!\w)(?:{'|'.join(branches)})(?!\w)"
+    return re.compile(source, 0 if case_sensitive else re.IGNORECASE)
+
+
+def _escape(text: str) -> str:
+    """Return text as a pattern in which white space and apostrophes match every kind of theirs."""
+    return re.sub("['’]", "['’]", re.escape(text).replace(r"\ ", r"\s+"))

@@ -1,7 +1,0 @@
-"""What a set of texts or a trained policy is like, in numbers that carry their errors."""
-
-from __future__ import annotations
-
-from dmgen.metrics.diversity import distinct_n, entropy, most_repeated, self_bleu
-
-__all__ = ["distinct_n", "entropy", "most_repeated", "self_bleu"]

@@ -1,0 +1,1 @@
+"""Everything that knows transformers: loading, decoding and scoring, and faster layers."""

@@ -1,0 +1,88 @@
+"""What is measured of a step: statistics of its batch, and the variance of its gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmgen.estimates import divergences
+from dmgen.estimates import weights as log_weights
+from dmgen.models.samples import Samples
+
+
+def batch_statistics(
+    log_q: Tensor,
+    log_score: Tensor,
+    log_policy: Tensor,
+    advantage: Tensor,
+    values: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """What a batch of texts from q says of target and policy, from log-probabilities alone.
+
+    Args:
+        log_q, log_score, log_policy: log q, log P and log π of each text, `(N,)`, nats.
+        advantage: `(N,)`.
+        values: feature values `(N,)` by name.
+
+    Returns:
+        ESS in texts, KL(p‖π) and KL(p‖q) in nats (NaN where no text is possible under p), mean,
+        mean size and variance of the advantage, the largest weight's share (where there is one),
+        and "moment/NAME", the policy's.
+    """
+    log_w = log_score - log_q
+    # Nothing is known of p before the first text that is possible under it.
+    any_hit = bool((log_w > -math.inf).any())
+    to_policy, to_proposal = (
+        divergences.kl(log_score, log_x, log_q).value if any_hit else math.nan
+        for log_x in (log_policy, log_q)
+    )
+    found = {
+        "ess": log_weights.ess(log_w),
+        "kl_target_policy": to_policy,
+        "kl_target_proposal": to_proposal,
+        "advantage_mean": float(advantage.mean()),
+        "advantage_abs_mean": float(advantage.abs().mean()),
+        "advantage_var": float(advantage.var(correction=0)),
+    }
+    if any_hit:
+        found["largest_weight"] = float(torch.softmax(log_w, 0).max())
+    for name, column in values.items():
+        found[f"moment/{name}"] = float(log_weights.mean(log_policy - log_q, column)[0])
+    return found
+
+
+def gradient_variance(policy: Any, samples: Samples, advantage: Tensor) -> dict[str, float]:
+    """Trace of the covariance of the texts' gradients `g_i = A_i ∇log π(x_i)`, and ‖mean g_i‖.
+
+    `grad_variance = mean ‖g_i‖² − ‖mean g_i‖²`, `grad_norm = ‖mean g_i‖`, over all trainable
+    parameters. One backward pass a text, and none where A = 0; memory is that of one gradient.
+
+    Args:
+        policy: the model whose gradient it is.
+        samples: N texts.
+        advantage: `(N,)`, detached.
+
+    Returns:
+        "grad_variance" and "grad_norm", in 1/nats² and 1/nats of the parameters' unit.
+
+    Source: Korbak et al. 2022, section 4.4 and Figure 5.
+    """
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    total = [torch.zeros_like(p, dtype=torch.float64) for p in parameters]
+    sum_sq = 0.0
+    for i in advantage.nonzero().squeeze(-1).tolist():
+        objective = policy.log_prob(samples[i : i + 1], grad=True).sum() * float(advantage[i])
+        # What no text uses, such as the part of a model that sees images, has a gradient of 0.
+        grads = torch.autograd.grad(
+            objective, parameters, allow_unused=True, materialize_grads=True
+        )
+        for t, g in zip(total, grads, strict=True):
+            t += g
+            sum_sq += float(g.square().sum(dtype=torch.float64))
+    n = len(samples)
+    mean_sq = sum(float((t / n).square().sum()) for t in total)
+    return {"grad_variance": sum_sq / n - mean_sq, "grad_norm": mean_sq**0.5}
