@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import contracts
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch.utils._python_dispatch import TorchDispatchMode
