@@ -14,7 +14,7 @@ import numpy as np
 from lambda_fit import cpu_name
 from scipy import stats
 
-from dmgen import storage
+from dmgen.experiment import versions
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -34,7 +34,7 @@ def facts() -> dict[str, Any]:
         "commit": commit.stdout.strip() or "unknown",
         "hardware": {"cpus": os.cpu_count(), "cpu": cpu_name()},
         "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-        "versions": storage.versions(),
+        "versions": versions.versions(),
     }
 
 

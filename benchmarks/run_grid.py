@@ -38,6 +38,7 @@ from dmgen import storage
 from dmgen.cli.console import fit_target, load_model
 from dmgen.experiment.config import SAMPLERS, RunConfig
 from dmgen.experiment.publish import load_target, save_target
+from dmgen.training import run_folder
 
 TASKS = sorted((Path(__file__).parent / "tasks").glob("*.yaml"))
 # Every so many steps, the variance of the gradient: Figure 5.
@@ -117,7 +118,7 @@ def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None)
     `folder` is a run folder for its checkpoints: what was stopped goes on from there, with the
     target that it had.
     """
-    begun = folder is not None and storage.has_checkpoint(folder)
+    begun = folder is not None and run_folder.has_checkpoint(folder)
     if folder is not None and begun:
         target = load_target(folder, config, target.base)
     policy = target.base.copy(**asdict(config.policy))

@@ -28,6 +28,7 @@ from lambda_fit import cpu_name
 from lambda_fit import table as lambda_table
 
 from dmgen import storage
+from dmgen.experiment import versions
 
 HERE = Path(__file__).parent
 
@@ -40,7 +41,7 @@ def take_demo(run: Path) -> None:
         "command": "dmgen demo",
         "seeds": {"trainer": 0, "fit": 1, "evaluate": final["seed"]},
         "hardware": {"cpus": os.cpu_count(), "cpu": cpu_name()},
-        "versions": storage.versions(),
+        "versions": versions.versions(),
         "n_samples": final["n_samples"],
         "n_steps": len(steps),
         "samples": steps[-1]["samples"],

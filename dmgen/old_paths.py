@@ -44,7 +44,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "dmgen.models.causal": ("dmgen.models.causal_lm",),
     "dmgen.moments": ("dmgen.target.moments",),
     "dmgen.run_config": ("dmgen.experiment.config",),
-    "dmgen.runs": ("dmgen.storage",),
+    "dmgen.runs": ("dmgen.storage", "dmgen.training.run_folder", "dmgen.experiment.versions"),
     "dmgen.samplers": ("dmgen.training", "dmgen.monte_carlo"),
     "dmgen.samplers.acceptance": ("dmgen.monte_carlo.acceptance",),
     "dmgen.samplers.config": ("dmgen.training.config",),

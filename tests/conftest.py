@@ -11,6 +11,7 @@ import torch
 from worlds import as_table, tiny_gpt2, tiny_llama
 
 from dmgen import EBM, Moment, feature, storage
+from dmgen.experiment import versions
 from dmgen.experiment.config import RunConfig
 from dmgen.models import CausalLM, TabularLM
 from dmgen.training.config import TrainerConfig
@@ -121,7 +122,7 @@ def make_run(tmp_path):
             n_steps=6,
             trainer=TrainerConfig(batch_size=64, learning_rate=rate, seed=seed),
         )
-        storage.write_config(folder, config.to_mapping())
+        versions.write_config(folder, config.to_mapping())
         storage.write_json(folder / "target.json", TARGET)
         rows = [
             {

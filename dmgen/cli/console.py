@@ -20,9 +20,11 @@ from rich.text import Text
 
 import dmgen
 from dmgen import report, storage
+from dmgen.experiment import versions
 from dmgen.experiment.config import SAMPLERS, RunConfig, from_anywhere
 from dmgen.experiment.publish import load_target, save_target
 from dmgen.report import figures
+from dmgen.training import run_folder
 from dmgen.training.trainer import Trainer
 
 # Pairs of texts in samples.jsonl, and how many of them are shown.
@@ -62,7 +64,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
         _go_on(sampler, config, out)
     else:
         save_target(out, target)
-    storage.write_config(out, config.to_mapping())
+    versions.write_config(out, config.to_mapping())
     try:
         with _tracker(track, config, out) as log:
             _train(sampler, config, out, log)
@@ -78,7 +80,7 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
             report.write_report(out)
     except (KeyboardInterrupt, Exception):
         kept = "the metrics and the last checkpoint; to go on from it"
-        if not storage.has_checkpoint(out):
+        if not run_folder.has_checkpoint(out):
             kept = "λ, but there was no checkpoint yet; to train again from the first step"
         typer.echo(
             f"\nStopped after step {sampler.step} of {config.n_steps}. {out} keeps {kept}:\n"
@@ -167,7 +169,7 @@ def fit_draw(config: RunConfig) -> dict[str, Any]:
 
 def _go_on(sampler: Trainer, config: RunConfig, out: Path) -> None:
     """Brings a new sampler to where the run in `out` stands, with the texts it still has to use."""
-    if storage.has_checkpoint(out):
+    if run_folder.has_checkpoint(out):
         sampler.resume(out)
     else:
         # Stopped before its first checkpoint: the same steps again, with the same λ.

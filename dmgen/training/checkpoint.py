@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dmgen import storage
 from dmgen.estimates.running_z import ZPool
+from dmgen.training import run_folder
 from dmgen.training.proposal import copy_in_one_block
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def save(sampler: Trainer, folder: Path) -> None:
         "z_round": asdict(sampler.z_round),
         "history": sampler.history,
     }
-    storage.save_checkpoint(folder, sampler.step, tensors, facts)
+    run_folder.save_checkpoint(folder, sampler.step, tensors, facts)
 
 
 def load(sampler: Trainer, folder: Path) -> None:
@@ -57,7 +57,7 @@ def load(sampler: Trainer, folder: Path) -> None:
         ValueError: there is no checkpoint, or it belongs to another method, divergence, target,
             optimizer, proposal rule, seed, proposal or policy; the sampler is as it was.
     """
-    tensors, facts = storage.load_checkpoint(folder)
+    tensors, facts = run_folder.load_checkpoint(folder)
     _refuse_other_run(sampler, facts, folder)
     groups = _by_prefix(tensors)
     own = groups.get("own", {})

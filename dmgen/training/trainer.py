@@ -19,7 +19,7 @@ from dmgen.evaluation.evaluate import evaluate
 from dmgen.models.random_draws import stream
 from dmgen.models.samples import Samples
 from dmgen.target.ebm import EBM
-from dmgen.training import checkpoint
+from dmgen.training import checkpoint, run_folder
 from dmgen.training.averaging import WeightAverage
 from dmgen.training.config import TrainerConfig
 from dmgen.training.diagnostics import batch_statistics, gradient_variance
@@ -134,7 +134,7 @@ class Trainer:
             )
         folder = None if out is None or not self.processes.is_main else Path(out)
         if folder is not None:
-            storage.open_run(folder, expected_step=self.step)
+            run_folder.open_run(folder, expected_step=self.step)
         self.average.hide()
         hidden = None if self.processes.is_main else True
         bar = tqdm(total=n_steps, desc=type(self).__name__, unit="step", disable=hidden)

@@ -19,6 +19,7 @@ from dmgen import storage
 from dmgen.cli import app, console
 from dmgen.experiment.config import RunConfig
 from dmgen.experiment.publish import load_published
+from dmgen.training import run_folder
 
 EBM_FIT = dmgen.EBM.fit
 
@@ -174,7 +175,7 @@ class TestTrain:
         whole, parts = tmp_path / "whole", tmp_path / "parts"
         assert dmgen_command("train", config, *lora, "--out", whole).exit_code == 0
         dmgen_command("train", config, *lora, "n_steps=3", "--out", parts)
-        trained = [k for k in storage.load_checkpoint(parts)[0] if k.startswith("policy.")]
+        trained = [k for k in run_folder.load_checkpoint(parts)[0] if k.startswith("policy.")]
         assert trained
         assert all(".lora_" in name for name in trained)
         # It goes on as what it is, and what it leaves is a whole model.

@@ -8,6 +8,7 @@ import torch
 import yaml
 
 from dmgen import EBM, features, storage
+from dmgen.experiment import versions
 from dmgen.experiment.config import RunConfig
 from dmgen.experiment.publish import load_published, save_target
 from dmgen.report import write_model_card
@@ -87,7 +88,7 @@ def test_a_published_classifier_comes_with_the_policy(make_run, tmp_path, plain_
     head.save_pretrained(tmp_path / "head")
     classifier = {"classifier": {"head": str(tmp_path / "head"), "label": "b"}}
     config = RunConfig(base="tiny-bios", constraints=[{"pointwise": classifier}], device="cuda:7")
-    storage.write_config(folder, config.to_mapping())
+    versions.write_config(folder, config.to_mapping())
     target = EBM(plain_base, config.build_constraints())
     save_target(folder, target)
     write_model_card(folder)

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from dmgen import storage
+from dmgen.experiment import versions
 from dmgen.experiment.config import RunConfig
 from dmgen.report import figures, write_comparison, write_report
 from dmgen.report.comparison import group_names
@@ -146,7 +147,7 @@ def test_a_condition_and_a_hard_constraint_are_explained(make_run):
     config["constraints"] = [
         {"moment": {"gender": "female"}, "target": 0.5, "given": {"wordlist": "music"}}
     ]
-    storage.write_config(folder, config)
+    versions.write_config(folder, config)
     said = words_of(parsed(write_report(folder)[0])[0])
     assert "are of those texts that satisfy what is asked of every text" in said
     assert "condition · (feature − asked), which is to be 0" in said
@@ -168,7 +169,7 @@ def test_what_runs_do_not_share_is_not_drawn_for_all(make_run):
     first, other = make_run("a"), make_run("b")
     config = yaml.safe_load((other / "config.yaml").read_text(encoding="utf-8"))
     config["constraints"][0]["target"], config["prompt"] = 0.6, "She"
-    storage.write_config(other, config)
+    versions.write_config(other, config)
     alike, differ = ([RunRecord.read(f) for f in pair] for pair in ((first, first), (first, other)))
     assert goals_of(alike) == {"female": 0.5}
     assert bases_of(alike).keys() == {"female"}

@@ -1,0 +1,105 @@
+"""Checks of settings: types, bounds and choices, refused in one line that says what is allowed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import Any
+
+__all__ = ["check_choice", "check_integer", "check_known", "check_number", "did_you_mean"]
+
+
+def check_integer(name: str, value: Any, *, least: int | None = None) -> int:
+    """Return a whole number as `int`; numpy's integers are whole numbers, bools are not.
+
+    Args:
+        name: what the error calls it.
+        value: the value.
+        least: the smallest legal value; None for no bound.
+
+    Raises:
+        TypeError: it is not a whole number.
+        ValueError: it is below `least`.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    return int(value)
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> float:
+    """Return a finite number as `float`; numpy's numbers are numbers, bools are not.
+
+    Args:
+        name: what the error calls it.
+        value: the value.
+        above, below: open bounds; None for none.
+        least, most: closed bounds; None for none.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is not finite or out of bounds.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
+    bounds = (
+        (above, "above", above is None or number > above),
+        (least, "at least", least is None or number >= least),
+        (below, "below", below is None or number < below),
+        (most, "at most", most is None or number <= most),
+    )
+    if not math.isfinite(number) or not all(holds for _, _, holds in bounds):
+        said = [f"{word} {bound:g}" for bound, word, _ in bounds if bound is not None]
+        raise ValueError(f"{name} must be {' and '.join(['finite', *said])}, got {value!r}")
+    return number
+
+
+def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
+    """Refuse a value that is not one of `allowed`, naming the nearest.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    allowed = tuple(allowed)
+    if value not in allowed:
+        listed = ", ".join(map(repr, allowed))
+        raise ValueError(
+            f"{name} must be one of {listed}; got {value!r}{did_you_mean(value, allowed)}"
+        )
+
+
+def check_known(key: Any, known: Sequence[str], what: str) -> None:
+    """Refuse a name that is not `known`, naming the nearest.
+
+    Args:
+        key: the name as it was given.
+        known: the names that there are.
+        what: the kind of name, such as "option of FDPG".
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    if key not in known:
+        there_are = f"There are {', '.join(known)}" if known else "There are none"
+        hint = did_you_mean(key, known) or "."
+        raise ValueError(f"unknown {what} {key!r}{hint} {there_are}")
+
+
+def did_you_mean(value: Any, allowed: Iterable[Any]) -> str:
+    """Return "; did you mean 'x'?" for the nearest of `allowed`, "" if none is near."""
+    # GDC++ on paper is GDCpp in Python; difflib alone would take it for GDC.
+    spelt = str(value).replace("+", "p")
+    close = get_close_matches(spelt, [str(a) for a in allowed], n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
