@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from laws import is_close
 
 from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.constraints.feature import feature
@@ -17,11 +18,6 @@ from dmgen.target.ebm import EBM
 HAS_A = feature(lambda text: "a" in text, name="a")
 STARTS_C = feature(lambda text: text.startswith("c"), name="c first")
 LENGTH = feature(len, name="length")
-
-
-def close(score, exact):
-    """Five standard errors, plus the rounding of sums where there is no error at all."""
-    return abs(score.value - exact) <= 5 * score.stderr + 1e-9
 
 
 @pytest.fixture
@@ -58,17 +54,17 @@ def test_every_number_is_within_its_error_of_the_truth(world, policy, constraint
         "js": exact.js(policy),
     }
     for name, value in truth.items():
-        assert close(getattr(found, name), value), name
-        assert not close(getattr(found, name), value + 0.5), name  # the errors are not just wide
+        assert is_close(getattr(found, name), value), name
+        assert not is_close(getattr(found, name), value + 0.5), name  # the errors are not just wide
     for model, law in laws.items():
-        assert close(found.length[model], float(law @ every.n_tokens.double()))
+        assert is_close(found.length[model], float(law @ every.n_tokens.double()))
         surprise = float(law @ -exact.log_base) / float(law @ every.n_tokens.double())
-        assert close(found.perplexity[model], math.exp(surprise))
+        assert is_close(found.perplexity[model], math.exp(surprise))
     policy_as_target = EBM(policy, target.constraints, target.lambdas).exact()
     for row in found.moments:
-        assert close(row.base, exact.base_moments[row.name])
-        assert close(row.reachable, exact.moments[row.name])
-        assert close(row.policy, policy_as_target.base_moments[row.name])
+        assert is_close(row.base, exact.base_moments[row.name])
+        assert is_close(row.reachable, exact.moments[row.name])
+        assert is_close(row.policy, policy_as_target.base_moments[row.name])
 
 
 def test_the_target_itself_meets_everything_at_the_least_price(world, as_tabular):
@@ -76,7 +72,7 @@ def test_the_target_itself_meets_everything_at_the_least_price(world, as_tabular
     policy = as_tabular(fitted.exact().log_prob)
     found = evaluate(policy, fitted, n_samples=10_000, seed=1, tolerance=0.1)
     assert [row.verdict for row in found.moments] == ["met", "met"]
-    assert close(found.excess, 0)
+    assert is_close(found.excess, 0)
     assert abs(found.kl_target_policy.value) < 0.02
     assert found.kl_target_base.value == pytest.approx(found.kl_policy_base.value, abs=0.05)
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from laws import is_calibrated, uncalibrated
 
 from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.constraints.feature import feature
@@ -16,12 +17,6 @@ from dmgen.target.ebm import EBM
 HAS_A = feature(lambda text: "a" in text, name="a")
 HAS_CB = feature(lambda text: "cb" in text, name="cb")
 LENGTH = feature(len, name="length")
-
-
-def standard(z):
-    """Whether z-scores have mean 0 and sd 1 up to five of their own standard errors."""
-    z = torch.tensor(z)
-    return abs(z.mean()) < 5 / math.sqrt(len(z)) and abs(z.std() - 1) < 5 / math.sqrt(2 * len(z))
 
 
 @pytest.fixture
@@ -48,8 +43,8 @@ def test_the_error_of_the_excess_knows_what_its_terms_share(world, as_tabular):
         parts = [pool.kl_policy_base(), pool.distance(estimate_kl, pool.log_base).score()]
         z.append((found.value - excess) / found.stderr)
         of_strangers.append((found.value - excess) / math.hypot(*(p.stderr for p in parts)))
-    assert standard(z)
-    assert not standard(of_strangers)  # the power of this test
+    assert is_calibrated(z)
+    assert not is_calibrated(of_strangers)  # the power of this test
 
 
 def test_the_error_of_the_gain_knows_what_its_terms_share(world, as_tabular):
@@ -66,8 +61,8 @@ def test_the_error_of_the_gain_knows_what_its_terms_share(world, as_tabular):
         parts = [pool.distance(estimate_kl, x).score() for x in (pool.log_base, pool.log_policy)]
         z.append((found.value - gain) / found.stderr)
         of_strangers.append((found.value - gain) / math.hypot(*(p.stderr for p in parts)))
-    assert standard(z)
-    assert not standard(of_strangers)  # the power of this test
+    assert is_calibrated(z)
+    assert not is_calibrated(of_strangers)  # the power of this test
 
 
 def test_ratios_are_calibrated(target, policy):
@@ -86,7 +81,7 @@ def test_ratios_are_calibrated(target, policy):
             ratio = float(law @ -exact.log_base) / float(law @ n_tokens)
             score = pool.ratio(name, -pool.log_base, drawn).score()
             z[name].append((score.value - ratio) / score.stderr)
-    assert {name for name, values in z.items() if not standard(values)} == set()
+    assert uncalibrated(z) == set()
 
 
 def test_estimates_equal_those_of_the_columns(target, policy):
@@ -138,7 +133,7 @@ def gaps(policy, target, bound, n_repeats=300):
 def test_the_first_gap_is_calibrated_where_the_bound_is_tight(world, as_tabular):
     target = EBM(world, [Moment(HAS_A, 0.5)], [2.0])
     policy = as_tabular(target.exact().log_prob)
-    assert standard(gaps(policy, target, "KL(π‖a)"))
+    assert is_calibrated(gaps(policy, target, "KL(π‖a)"))
 
 
 def test_the_second_gap_is_calibrated_where_the_bound_is_tight(world, as_tabular):
@@ -148,7 +143,7 @@ def test_the_second_gap_is_calibrated_where_the_bound_is_tight(world, as_tabular
     other = exact.log_base.masked_fill(exact.log_prob > -math.inf, -math.inf).log_softmax(0)
     policy = as_tabular(torch.logaddexp(exact.log_prob, other) - math.log(2))
     assert exact.kl_target_policy(policy) == pytest.approx(math.log(2))
-    assert standard(gaps(policy, target, "KL(p‖π)"))
+    assert is_calibrated(gaps(policy, target, "KL(p‖π)"))
 
 
 class Liar(TabularLM):
