@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dmgen.estimates.running_z import ZPool
+from dmgen.estimates.running_z import RunningZ
 from dmgen.training import run_folder
 from dmgen.training.proposal import copy_in_one_block
 
@@ -95,7 +95,7 @@ def load(sampler: Trainer, folder: Path) -> None:
     if sampler.config.learning_rate == "auto":
         sampler.rate = facts["rate"]
     for name in ("z", "z_before", "z_round"):
-        setattr(sampler, name, ZPool(**facts[name]))
+        setattr(sampler, name, RunningZ(**facts[name]))
     sampler.history = facts["history"]
     # Sums over other micro-batches would differ in their last bits; only a CPU promises those.
     device, size = facts.get("micro_batch", (None, None))

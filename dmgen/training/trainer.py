@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dmgen import storage
-from dmgen.estimates.running_z import ZPool
+from dmgen.estimates.running_z import RunningZ
 from dmgen.evaluation.evaluate import evaluate
 from dmgen.models.random_draws import stream
 from dmgen.models.samples import Samples
@@ -94,9 +94,9 @@ class Trainer:
         self.seconds = 0.0
         # With learning_rate "auto", the peak step size by now.
         self.rate = _FIRST_RATE if config.learning_rate == "auto" else float(config.learning_rate)
-        self.z = self.z_before = ZPool.from_score(target.log_z)
+        self.z = self.z_before = RunningZ.from_score(target.log_z)
         # Of the texts since Z was last compared with what was known before.
-        self.z_round = ZPool()
+        self.z_round = RunningZ()
         self.average = WeightAverage(policy, config.average_decay)
         self.comparison = Comparison(self.proposal_rule, config)
         self.history: list[dict[str, Any]] = []
@@ -402,7 +402,7 @@ class Trainer:
         if not self._is_due(self.config.proposal_every):
             return math.nan
         drift = self.z_round.drift_from(self.z_before)
-        self.z_before, self.z_round = self.z, ZPool()
+        self.z_before, self.z_round = self.z, RunningZ()
         return drift
 
     def _record(self, folder: Path, row: dict[str, Any]) -> None:
