@@ -78,8 +78,9 @@ def evaluate(
             for n in (3, 4, 5)
         },
         distinct={(model, n): distinct_n(t, n) for model, t in texts.items() for n in (1, 2, 3)},
-        samples=pool.drawn,
+        n_samples=n_samples,
         tolerance=tolerance,
+        samples=pool.drawn,
     )
 
 
