@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -141,16 +141,17 @@ class MomentFit:
             ValueError: a field is missing or unknown.
         """
         known = {field.name: str(field.type) for field in fields(cls)}
-        if mapping.keys() != known.keys():
-            strange = sorted(mapping.keys() ^ known.keys())
-            raise ValueError(f"a moment fit has the fields {sorted(known)}, check {strange}")
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        strange = sorted(needed - mapping.keys() | mapping.keys() - known.keys())
+        if strange:
+            raise ValueError(f"a moment fit has {', '.join(known)}; check {', '.join(strange)}")
         values: dict[str, Any] = dict(mapping)
-        for name, kind in known.items():
+        for name in values:
             if name == "hits":
                 values[name] = np.array(values[name], dtype=np.int64)
-            elif kind.startswith("Array") and values[name] is not None:
+            elif known[name].startswith("Array") and values[name] is not None:
                 values[name] = np.array(values[name], dtype=np.float64)
-            elif kind == "float":
+            elif known[name] == "float":
                 values[name] = float(values[name])
         return cls(**values | {"names": tuple(mapping["names"])})
 
