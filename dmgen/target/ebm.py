@@ -37,10 +37,10 @@ class EBM:
 
     Args:
         base: the language model a.
-        constraints: `Pointwise` and `Moment` declarations; features are told apart by name.
+        constraints: `Pointwise` and `Moment` declarations; different features need different names.
         lambdas: one a `Moment`, in their order, nats; use `EBM.fit` to find them.
         prompt: the prompt of every text.
-        max_new_tokens: the longest text in tokens; None takes the base's own.
+        max_new_tokens: the longest text in tokens; None takes that of the base.
 
     Attributes:
         fit_samples: the texts that `fit` drew from the base; None for any other target.
@@ -156,11 +156,15 @@ class EBM:
         hard factor, λ = -inf (inf).
 
         Args:
-            base, constraints, prompt, max_new_tokens: as in `EBM`.
+            base: as in `EBM`.
+            constraints: as in `EBM`.
             n_samples: texts drawn for the fit.
             n_heldout: texts drawn after them, which do not shape λ, to check the moments on
                 (`moment_fit.moments_heldout`); 0 for no check.
-            seed, generator: as in `LanguageModel.sample`.
+            prompt: as in `EBM`.
+            max_new_tokens: as in `EBM`.
+            seed: as in `LanguageModel.sample`.
+            generator: as in `LanguageModel.sample`.
             proposal: model to draw from instead of the base, with weights a/q; for features that
                 are rare under the base.
 
@@ -243,8 +247,8 @@ class EBM:
         list_texts = getattr(self.base, "enumerate", None)
         if list_texts is None:
             raise TypeError(
-                f"exact() needs a base whose texts can be listed, such as TabularLM, and a "
-                f"{type(self.base).__name__} cannot: use dmgen.evaluate for estimates"
+                f"exact() needs a base whose texts can be listed, such as TabularLM, not a "
+                f"{type(self.base).__name__}: use dmgen.evaluate for estimates"
             )
         samples = list_texts(self.max_new_tokens)
         values = self.values(samples)

@@ -48,7 +48,7 @@ class TargetFit:
     and by all numbers, NaN counting as equal to NaN. `print` shows the table of `EBM`.
 
     Args:
-        constraints: `Pointwise` and `Moment` declarations; features are told apart by name.
+        constraints: `Pointwise` and `Moment` declarations; different features need different names.
         lambdas: one a `Moment`, in their order, `(K,)`, nats; ±inf for a hard factor.
         prompt: the prompt of every text.
         max_new_tokens: the longest text in tokens.
@@ -233,7 +233,8 @@ def fit(
         values: feature values `(N,)` by name.
         log_w: log a − log q of each text, `(N,)`, nats; a and q normalised.
         binary: whether each feature is binary, by name.
-        prompt, max_new_tokens: those of the texts.
+        prompt: that of the texts.
+        max_new_tokens: that of the texts.
         strata: as in `log_weights.log_z`.
 
     Raises:

@@ -31,15 +31,15 @@ class MomentFit:
 
     Attributes:
         lambdas, lambdas_stderr: the fit and its error; both 0 for an interval that is not active.
-            With collinear features only lambda·phi is determined: the smallest lambda is given
-            (each measured in half the range of its feature), and the error belongs to that one.
+            With collinear features only lambda·phi is determined: this is the smallest lambda
+            (each in half-ranges of its feature), with its error.
         moments: moments of p on the fitting sample, equal to the targets by construction.
         moments_stderr: error of `moments` as an estimate of the true moments of the fitted p; to
             first order also the error of a fresh estimate from as many samples.
         base_moments, base_moments_stderr: moments of the base on the samples with positive weight.
         targets: (K,), or (K, 2) for intervals.
-        hits: samples of positive weight whose feature is not 0; given a condition, whose statistic
-            is not.
+        hits: number of samples of positive weight whose feature is not 0; for a conditional moment,
+            whose statistic is not 0.
         log_z, log_z_stderr: `logsumexp(lw + lambda·phi) - logsumexp(lw)`, nats.
         kl_target_base, kl_target_base_stderr: KL(p‖a) = lambda·target - log Z, nats.
         ess: effective number of samples under p.

@@ -27,7 +27,8 @@ def pool(
     Args:
         drawn: models with the texts that each of them drew. Every text is scored under every model.
         base: the language model a; it may be one of the models.
-        prompt, max_new_tokens: those that the texts must have.
+        prompt: the prompt that the texts must have.
+        max_new_tokens: the longest length that the texts must have, tokens.
 
     Raises:
         ValueError: drawn is empty, or texts have another prompt or another longest length.
