@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dmgen import features, storage
-from dmgen.estimates.score import Score
 from dmgen.experiment.config import RunConfig, classifiers, whole_path
 from dmgen.models.causal_lm import CausalLM
 from dmgen.models.protocols import LanguageModel
 from dmgen.target.ebm import EBM
+from dmgen.target.fit import TargetFit
 
 
 def save_target(folder: Path, target: EBM) -> None:
     """Writes `target.json`: the constraints with their λ, and how λ was found."""
-    fit = {} if target.moment_fit is None else asdict(target.moment_fit)
-    plain = {key: v.tolist() if isinstance(v, np.ndarray) else v for key, v in fit.items()}
-    facts = {
-        "log_z": None if target.log_z is None else asdict(target.log_z),
-        "base_moments": {name: asdict(score) for name, score in target.base_moments.items()},
-        "moment_fit": plain,
-    }
-    storage.write_json(folder / "target.json", target.to_dict() | facts)
+    target.save(folder)
 
 
 def load_target(folder: Path, config: RunConfig, base: LanguageModel) -> EBM:
@@ -89,21 +79,10 @@ def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM
 
 def _target(facts: Mapping[str, Any], config: RunConfig, base: LanguageModel, path: str) -> EBM:
     """The target that `facts` describe, as `save_target` wrote them."""
-    missing = [key for key in ("constraints", "log_z", "base_moments") if key not in facts]
-    if missing:
-        raise ValueError(f"{path} has no {missing[0]!r}: it is not what a run has written")
-    lambdas = [float(row["lambda"]) for row in facts["constraints"] if "lambda" in row]
-    target = EBM(
-        base,
-        config.build_constraints(base),
-        lambdas,
-        prompt=config.prompt,
-        max_new_tokens=config.max_new_tokens,
-    )
-    # Through JSON, which has no tuples.
-    asked = json.loads(json.dumps(target.to_dict()))
-    if any(facts.get(key) != value for key, value in asked.items()):
+    try:
+        fit = TargetFit.from_dict(facts, config.build_constraints(base))
+    except ValueError as error:
+        raise ValueError(f"{path} is not the target of its configuration: {error}") from error
+    if (fit.prompt, fit.max_new_tokens) != (config.prompt, config.max_new_tokens):
         raise ValueError(f"{path} holds another target than its configuration asks for")
-    target.log_z = Score(**facts["log_z"]) if facts["log_z"] else None
-    target.base_moments = {name: Score(**score) for name, score in facts["base_moments"].items()}
-    return target
+    return EBM.from_fit(base, fit)
