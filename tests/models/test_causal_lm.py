@@ -248,7 +248,8 @@ class TestPrecision:
     def test_other_dtypes_are_refused_before_anything_is_loaded(self, dtype, tmp_path, gpt2_lm):
         gpt2_lm.save_pretrained(tmp_path)
         (tmp_path / "model.safetensors").unlink()
-        with pytest.raises(ValueError, match="one of float32, bfloat16, float16"):
+        allowed = r"one of torch\.float32, torch\.bfloat16, torch\.float16"
+        with pytest.raises(ValueError, match=allowed):
             CausalLM.from_pretrained(tmp_path, dtype=dtype)
 
 
