@@ -200,14 +200,14 @@ class TestFolders:
 class TestPrecision:
     @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
     def test_bfloat16_records_what_it_drew(self, gpt2_lm, weights):
-        # E_q[p / q f] = E_p[f] holds exactly if q is the law of the draw, however far from p.
+        # E_q[p / q f] = E_p[f] holds exactly if q is the distribution of the draw.
         lm = CausalLM(
             tiny_gpt2().model.to(weights),
             gpt2_lm.tokenizer,
             max_new_tokens=4,
             dtype=torch.bfloat16,
         )
-        recorded_law_is_the_law_of_the_draw(lm, gpt2_lm)
+        check_recorded_log_prob_is_that_of_the_draw(lm, gpt2_lm)
 
     def test_bfloat16_logits_are_lifted_before_the_softmax(self, gpt2_lm):
         # One text of one token is the same computation in sampling, scoring and here.
@@ -279,8 +279,8 @@ class TestErrors:
             CausalLM(gpt2_lm.model, gpt2_lm.tokenizer, max_new_tokens=0)
 
 
-def recorded_law_is_the_law_of_the_draw(lm, exact):
-    """`lm` is `exact` in lower precision: importance weights from its records are unbiased."""
+def check_recorded_log_prob_is_that_of_the_draw(lm, exact):
+    """Check that importance weights from the records of `lm`, `exact` rounded, are unbiased."""
     space = space_of(exact)
     mean_length = (exact.log_prob(space).exp() * space.n_tokens).sum().item()
     samples = lm.sample(contracts.N_DRAWS, seed=5)
@@ -362,7 +362,7 @@ class TestCuda:
     def test_bfloat16_records_what_it_drew(self, gpt2_lm, weights):
         model = tiny_gpt2().model.to("cuda", weights)
         lm = CausalLM(model, gpt2_lm.tokenizer, max_new_tokens=4, dtype=torch.bfloat16)
-        recorded_law_is_the_law_of_the_draw(lm, gpt2_lm)
+        check_recorded_log_prob_is_that_of_the_draw(lm, gpt2_lm)
 
     def test_gives_the_texts_of_the_cpu(self, gpt2_lm):
         # One block of uniforms, drawn on the CPU: texts differ only where a uniform lies within
