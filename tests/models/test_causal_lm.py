@@ -25,7 +25,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def endless_gpt2():
-    """A GPT-2 whose EOS has the logit -inf: every text has 4 tokens."""
+    """Return a GPT-2 whose EOS has the logit -inf, so that every text has 4 tokens."""
     lm = tiny_gpt2()
 
     def forbid_eos(module, inputs, output):
@@ -307,7 +307,7 @@ class TestEmbed:
         return {"gpt2": gpt2_lm, "llama": llama_lm}[request.param]
 
     def by_hand(self, model, text):
-        """The mean of the states after each token, from the tokens and one more."""
+        """Return the mean of the states after each token, from the tokens and one more."""
         ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
         tokens = torch.tensor([[*ids, model.tokenizer.eos_token_id]])
         samples = Samples(

@@ -56,7 +56,7 @@ class TestStream:
 
 
 def naive(logits, u):
-    """The plain inversion in the dtype of the logits, which the two-level draw replaces."""
+    """Draw by plain inversion in the dtype of the logits, without the two levels."""
     edges = logits.softmax(-1).cumsum(-1)
     token = torch.searchsorted(edges, u.to(edges).unsqueeze(-1), right=True).squeeze(-1)
     token = token.clamp(max=logits.shape[-1] - 1)

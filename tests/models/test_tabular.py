@@ -10,7 +10,7 @@ from dmgen.models import LanguageModel, Samples, TabularLM
 
 
 def with_zeros():
-    """A world in which some tokens, after some prefixes also the EOS, have probability 0."""
+    """Return a world in which some tokens, after some prefixes also the EOS, have probability 0."""
     model = TabularLM.random("ab.", 3, eos=".", seed=4)
     logits = model.logits.detach().clone()
     logits[0, 1] = -torch.inf

@@ -14,7 +14,7 @@ from dmgen.models.hf.chunked_log_softmax import chosen_log_prob
 
 
 class Products(TorchDispatchMode):
-    """The types of all that is multiplied, and how many products there are."""
+    """A mode that records the types of the factors of matrix products, and counts these."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ def plain(hidden, weight, bias, tokens):
 
 
 def value_and_gradients(function, inputs, tokens, grad):
-    """The result, and the gradient of `grad · result` for the inputs that are not None."""
+    """Return the result, and the gradient of `grad · result` for the inputs that are not None."""
     inputs = [x if x is None else x.detach().requires_grad_() for x in inputs]
     value = function(*inputs, tokens)
     found = torch.autograd.grad(value @ grad, [x for x in inputs if x is not None])
@@ -53,7 +53,7 @@ def value_and_gradients(function, inputs, tokens, grad):
 
 @pytest.fixture(autouse=True)
 def _narrow_blocks(monkeypatch):
-    """The blocks of these small layers are as narrow as `chunk` says."""
+    """Let the blocks of these small layers be as narrow as `chunk` requests."""
     monkeypatch.setattr(chunked_log_softmax, "_MIN_WIDTH", 1)
 
 
@@ -168,7 +168,7 @@ class TestPrecision:
     UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}  # noqa: RUF012
 
     def bounds(self, dtype, hidden, weight, bias, tokens, grad):
-        """The exact value and gradients, and how far each may be off.
+        """Return the exact value and gradients, and a bound on the error of each.
 
         A logit is off by u of itself when it is rounded, and by D u₃₂ of the sum of its terms'
         sizes when it is summed up; the largest such error e moves a log-probability by 2e (and the
@@ -284,7 +284,7 @@ class TestMemory:
 
 
 def test_without_a_gradient_nothing_is_kept(monkeypatch):
-    """A weight that is trained wants a gradient, but no_grad says that there will be none."""
+    """Keep nothing under `no_grad`, even if the weight requires a gradient."""
     calls, real = [], chunked_log_softmax._without
     monkeypatch.setattr(chunked_log_softmax, "_without", lambda *a: calls.append(1) or real(*a))
     hidden, weight, _, tokens, _ = layer(6, 4, 10)
