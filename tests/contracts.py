@@ -1,4 +1,4 @@
-"""What every `LanguageModel` must satisfy, as checks that take a model and all of its texts.
+"""Checks that every `LanguageModel` must pass, of a model and all of its texts.
 
 Each check takes `(model, space, tolerance)`: a model, every text of its space once (see
 `every_text`), and the largest error of one text's log-probability in nats that the model's
@@ -31,12 +31,12 @@ FLOAT64 = 1e-12
 # ten layers deep: 8 * 10 * sqrt(32) * 10 * 2**-24. Ten times below the promise.
 FLOAT32 = 1e-4
 N_DRAWS = 10_000
-# One false alarm in a million seeds; the wrong laws below are rejected at the same level.
+# One false alarm in a million seeds; the wrong distributions below are rejected at the same level.
 LEVEL = 1e-6
 
 
 def every_text(n_tokens: int, length: int, *, eos: int, prompt: str = "") -> Samples:
-    """Every text of at most `length` tokens once, with log-probability 0 and texts left empty."""
+    """Return every text of at most `length` tokens once, with log-probability 0 and no strings."""
     letters = [token for token in range(n_tokens) if token != eos]
     heads = [head for used in range(length + 1) for head in itertools.product(letters, repeat=used)]
     tokens = torch.tensor([[*head] + [eos] * (length - len(head)) for head in heads])
@@ -118,18 +118,18 @@ def padding_changes_nothing(model: Any, space: Samples, tolerance: float) -> Non
     assert (both.n_tokens[:40] == 1).all()
 
 
-def hidden_states_know_the_prefix_and_no_more(model: Any, space: Samples, tolerance: float) -> None:
+def hidden_states_depend_on_the_prefix_alone(model: Any, space: Samples, tolerance: float) -> None:
     states = model.hidden_states(space)
     assert states.shape[:-1] == space.tokens.shape
     assert not states.requires_grad
     assert (states[~space.mask] == 0).all()
     # States are of size 1, as the log-probabilities are, so their errors are as large at most.
     of_prefix: dict[tuple[int, ...], torch.Tensor] = {}
-    for key, row in zip(_keys(space), states, strict=True):
+    for key, row in zip(keys(space), states, strict=True):
         for t in range(len(key)):
             known = of_prefix.setdefault(key[:t], row[t])
             torch.testing.assert_close(row[t], known, rtol=0, atol=tolerance)
-    # The token just before is known. (Of those further back a model may forget.)
+    # States differ after different last tokens; a model may forget earlier ones.
     for one, other in itertools.combinations(of_prefix, 2):
         if len(one) == len(other) and one[-1:] != other[-1:]:
             assert (of_prefix[one] - of_prefix[other]).abs().max() > 10 * tolerance
@@ -150,7 +150,7 @@ def hidden_states_of_batches_and_padding(model: Any, space: Samples, tolerance: 
 
 def seed_and_generator_own_the_randomness(model: Any, space: Samples, tolerance: float) -> None:
     del tolerance
-    before = _global_states()
+    before = global_states()
     first, again, other = (_draw(model, space, 50, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.tokens, again.tokens)
     assert torch.equal(first.log_prob, again.log_prob)
@@ -164,7 +164,7 @@ def seed_and_generator_own_the_randomness(model: Any, space: Samples, tolerance:
 
     free = [_draw(model, space, 50, seed=None) for _ in range(2)]
     assert not torch.equal(free[0].tokens, free[1].tokens)
-    assert before == _global_states()
+    assert before == global_states()
 
 
 def frequencies_follow_the_probabilities(model: Any, space: Samples, tolerance: float) -> None:
@@ -172,7 +172,7 @@ def frequencies_follow_the_probabilities(model: Any, space: Samples, tolerance: 
     samples = _draw(model, space, N_DRAWS, seed=11)
     log_prob = model.log_prob(space)
     assert chi_square_p(samples, space, log_prob) > LEVEL
-    # The test can tell: a temperature off by a quarter, and a law that leaves out the EOS.
+    # The test can tell: a temperature off by a quarter, and a distribution without the EOS.
     hotter = (log_prob / 1.25).log_softmax(0)
     assert chi_square_p(samples, space, hotter) < LEVEL
     if _ends(space):
@@ -237,7 +237,7 @@ CHECKS: list[Callable[[Any, Samples, float], None]] = [
     batches_score_like_single_texts,
     batch_size_changes_no_draw,
     padding_changes_nothing,
-    hidden_states_know_the_prefix_and_no_more,
+    hidden_states_depend_on_the_prefix_alone,
     hidden_states_of_batches_and_padding,
     seed_and_generator_own_the_randomness,
     frequencies_follow_the_probabilities,
@@ -252,14 +252,14 @@ def name(check: Callable[..., None]) -> str:
 
 
 def chi_square_p(samples: Samples, space: Samples, log_prob: torch.Tensor) -> float:
-    """Probability of counts this far from `log_prob` of the texts of `space`, if it is the law.
+    """Return the probability of counts this far from `log_prob` of `space`, if that is true.
 
-    Texts expected fewer than 10 times share one bin, so that the chi-square law holds; a text
-    outside of the space has probability 0.
+    Texts expected fewer than 10 times share one bin, so that the chi-square approximation holds. A
+    text outside of the space has probability 0.
     """
-    index = {key: i for i, key in enumerate(_keys(space))}
+    index = {key: i for i, key in enumerate(keys(space))}
     counts = np.zeros(len(space))
-    for key in _keys(samples):
+    for key in keys(samples):
         if key not in index:
             return 0.0
         counts[index[key]] += 1
@@ -281,8 +281,8 @@ def _draw(model: Any, space: Samples, n: int, *, seed: int | None = 0, **options
 
 
 def _padded(space: Samples) -> Samples:
-    """The same texts with 20 more columns and, where masked, ids that no model has."""
-    # What is masked must not even be looked up.
+    """Return the same texts with 20 more columns and illegal ids where masked."""
+    # Masked ids must not be looked up.
     garbage = space.tokens.masked_fill(~space.mask, 10**9)
     return Samples(
         torch.nn.functional.pad(garbage, (0, 20), value=-5),
@@ -293,7 +293,7 @@ def _padded(space: Samples) -> Samples:
     )
 
 
-def _keys(samples: Samples) -> list[tuple[int, ...]]:
+def keys(samples: Samples) -> list[tuple[int, ...]]:
     return [
         tuple(row[:used])
         for row, used in zip(samples.tokens.tolist(), samples.n_tokens.tolist(), strict=True)
@@ -301,8 +301,8 @@ def _keys(samples: Samples) -> list[tuple[int, ...]]:
 
 
 def _heads(space: Samples, length: int) -> Samples:
-    """The space of the texts cut off after `length` tokens, each once."""
-    first = {key[:length]: i for i, key in reversed(list(enumerate(_keys(space))))}
+    """Return each text of the space once, cut off after `length` tokens."""
+    first = {key[:length]: i for i, key in reversed(list(enumerate(keys(space))))}
     rows = space[sorted(first.values())]
     return Samples(
         rows.tokens[:, :length], rows.mask[:, :length], rows.log_prob, rows.texts, rows.prompts
@@ -313,6 +313,6 @@ def _ends(space: Samples) -> bool:
     return bool((space.n_tokens < space.tokens.shape[1]).any())
 
 
-def _global_states() -> list[str]:
+def global_states() -> list[str]:
     numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is what is watched
     return [str(torch.get_rng_state().tolist()), str(numpy_state), str(random.getstate())]

@@ -11,19 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from dmgen.models import CausalLM, TabularLM
+from dmgen.models import CausalLM, Samples, TabularLM
 
 
 def as_table(world: TabularLM, log_prob: torch.Tensor) -> TabularLM:
-    """The model that gives every text of `world`, in their order, this log-probability."""
+    """Return the model that gives the texts of `world`, in their order, this log-probability."""
     every = world.enumerate()
     # Each token of each text adds the text's probability to the row of its prefix.
-    cells = (world._prefix_rows(every.tokens)[every.mask], every.tokens[every.mask])
+    prefix_rows = world.hidden_states(every).argmax(-1)  # (N, T)
+    cells = (prefix_rows[every.mask], every.tokens[every.mask])
     p = log_prob.exp()[:, None].expand(every.mask.shape)[every.mask]
     mass = torch.zeros_like(world.logits).index_put_(cells, p, accumulate=True)
     logits = torch.where(mass.sum(-1, keepdim=True) > 0, mass.log(), 0.0)
@@ -31,6 +34,7 @@ def as_table(world: TabularLM, log_prob: torch.Tensor) -> TabularLM:
 
 
 def tiny_gpt2(dtype: torch.dtype | None = None) -> CausalLM:
+    """Return a GPT-2 of 4 tokens whose only special token is BOS, EOS and padding."""
     tokenizer = letters("<end>", bos="<end>", eos="<end>", pad="<end>")
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -49,6 +53,7 @@ def tiny_gpt2(dtype: torch.dtype | None = None) -> CausalLM:
 
 
 def tiny_llama(dtype: torch.dtype | None = None) -> CausalLM:
+    """Return a Llama of 5 tokens whose tokenizer puts a BOS before a prompt."""
     tokenizer = letters("<s>", "</s>", bos="<s>", eos="</s>", add_bos=True)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -73,7 +78,7 @@ def letters(
     add_bos: bool = False,
     add_eos: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of the given special tokens, in that order, and the letters a, b and c."""
+    """Return a tokenizer of these special tokens, in order, and the letters a, b and c."""
     vocab = {token: i for i, token in enumerate([*special, "a", "b", "c"])}
     tokenizer = Tokenizer(models.WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -90,7 +95,7 @@ def letters(
 
 
 def randomised(model: Any, *, scale: float, seed: int) -> Any:
-    """The model with normal weights, large enough that its probabilities are far from uniform."""
+    """Draw normal weights, large enough that the probabilities are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -117,8 +122,27 @@ def tied_llama(v):
     return LlamaForCausalLM(LlamaConfig(vocab_size=v, **SIZES, tie_word_embeddings=True))
 
 
+def gptj(v):
+    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}
+    return GPTJForCausalLM(GPTJConfig(vocab_size=v, **sizes))
+
+
+def lm_of(make, *, scale, length=5, **options):
+    """Return the model `make(vocab_size)` with random weights, over 4 tokens."""
+    tokenizer = letters("<end>", bos="<end>", eos="<end>")
+    model = randomised(make(len(tokenizer)), scale=scale, seed=0)
+    return CausalLM(model, tokenizer, max_new_tokens=length, **options)
+
+
+def gradients(policy, samples):
+    """Return the gradients of a weighted sum of log-probabilities, by parameter name."""
+    weights = torch.linspace(-1, 1, len(samples), dtype=torch.float64)
+    (policy.log_prob(samples, grad=True) @ weights).backward()
+    return {name: p.grad for name, p in policy.model.named_parameters()}
+
+
 class Largest(TorchDispatchMode):
-    """The size of the largest tensor that any operation gave."""
+    """A mode that records the size of the largest result of any operation."""
 
     n = 0
 
@@ -131,8 +155,30 @@ class Largest(TorchDispatchMode):
 
 
 def space_of(lm, prompt=""):
+    """Return every text of a model once."""
     eos = lm.tokenizer.eos_token_id
     space = contracts.every_text(len(lm.tokenizer), lm.max_new_tokens, eos=eos, prompt=prompt)
     if lm.model._forward_hooks:  # the endless one
         return space[(space.tokens != eos).all(-1)]
     return space
+
+
+def texts_of_lengths(*lengths, prompt=""):
+    """Return texts of these lengths in tokens, with arbitrary ids."""
+    width = max(lengths)
+    tokens = torch.randint(1, 4, (len(lengths), width), generator=torch.Generator())
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    n = len(lengths)
+    return Samples(tokens, mask, torch.zeros(n, dtype=torch.float64), [""] * n, [prompt] * n)
+
+
+def pass_shapes(lm, call):
+    """Return the shapes `(n, L + T - 1)` of the forward passes of a call."""
+    shapes = []
+    handle = lm.model.base_model.register_forward_pre_hook(
+        lambda module, args, named: shapes.append(tuple((*args, *named.values())[0].shape)),
+        with_kwargs=True,
+    )
+    call()
+    handle.remove()
+    return shapes
