@@ -493,7 +493,7 @@ def test_a_transformer_is_trained_and_resumed(gpt2_lm, tmp_path):
     make().train(9, out=tmp_path)
     second.resume(tmp_path)
     second.train(11, out=tmp_path)
-    for one, other in zip(whole.parameters, second.parameters, strict=True):
+    for one, other in zip(whole.state.parameters, second.state.parameters, strict=True):
         assert torch.equal(one, other)
 
 
