@@ -61,8 +61,9 @@ def check_number(
         (most, "at most", most is None or number <= most),
     )
     if not math.isfinite(number) or not all(holds for _, _, holds in bounds):
-        said = [f"{word} {bound:g}" for bound, word, _ in bounds if bound is not None]
-        raise ValueError(f"{name} must be {' and '.join(['finite', *said])}, got {value!r}")
+        words = [f"{word} {bound:g}" for bound, word, _ in bounds if bound is not None]
+        finite = ["finite"] if below is None and most is None else []
+        raise ValueError(f"{name} must be {' and '.join([*words, *finite])}, got {value!r}")
     return number
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from functools import cache
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +19,11 @@ from dmgen.constraints.feature import Feature
 from dmgen.experiment import yaml_config as config_file
 from dmgen.models.causal_lm import CausalLM
 from dmgen.models.protocols import LanguageModel
-from dmgen.models.tabular import TabularLM
 from dmgen.target import factor
-from dmgen.target.ebm import EBM
 from dmgen.training.config import TrainerConfig
-from dmgen.training.kl_control import KLControl
-from dmgen.training.methods import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
-from dmgen.training.objectives import needs_possible_texts
-from dmgen.training.trainer import Trainer
+from dmgen.training.methods import METHODS, make_objective
 
-SAMPLERS: dict[str, type[Trainer]] = {
-    kind.__name__: kind
-    for kind in (DPG, GDC, GDCpp, FDPG, VarGrad, Reinforce, ReinforceP, KLControl)
-}
+SAMPLERS = METHODS
 DTYPES = ("float32", "bfloat16", "float16")
 _CONSTRAINT_KEYS = ("pointwise", "moment", "target", "given")
 _CONSTRAINT_FORMS = (
@@ -132,8 +123,8 @@ class RunConfig:
         _at_least(1, max_new_tokens=self.max_new_tokens, n_steps=self.n_steps)
         object.__setattr__(self, "method_options", _numbered(_plain(self.method_options)))
         _one_of(tuple(SAMPLERS), method=self.method)
-        _check_options(self.method, self.method_options)
-        sampler = self._sampler_of_nothing()
+        objective = make_objective(self.method, self.method_options)
+        objective.check(self.trainer)
         _one_of((None, *DTYPES), dtype=self.dtype)
         if self.device is not None:
             try:
@@ -143,18 +134,13 @@ class RunConfig:
                     f"device must be like 'cpu', 'cuda' or 'cuda:1', got {self.device!r}"
                 ) from error
         hard = [c.name for c in self.build_constraints() if _is_hard(c)]
-        if hard and needs_possible_texts(sampler.method, sampler.divergence):
-            given = f" with divergence {sampler.divergence!r}" if sampler.divergence else ""
+        if hard and objective.needs_support:
+            divergence = objective.identity().get("divergence")
+            given = f" with divergence {divergence!r}" if divergence else ""
             raise ValueError(
                 f"what {self.method}{given} minimises is infinite where a text may break a hard "
                 f"constraint ({', '.join(hard)}): take GDCpp, or moments between 0 and 1 instead"
             )
-
-    def _sampler_of_nothing(self) -> Trainer:
-        """What the method refuses of its settings shows here, not after the work of a fit."""
-        base = TabularLM.random("ab", 1, eos="b", seed=0)
-        target = EBM(base, [Pointwise(features.word("a"))])
-        return SAMPLERS[self.method](base.copy(), target, self.trainer, **self.method_options)
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any]) -> RunConfig:
@@ -270,17 +256,6 @@ def _embedder(
     It computes in the precision of the run: in float32 it could cost more than a bfloat16 step.
     """
     return CausalLM.from_pretrained(name, device=device, dtype=dtype).embed
-
-
-def _check_options(method: str, options: Any) -> None:
-    """Refuses options that the method does not take."""
-    config_file.need_mapping(options, "method_options")
-    parameters = signature(SAMPLERS[method]).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "proposal"]
-    for key in options:
-        if key not in known:
-            there_are = f"there are {', '.join(known)}" if known else "there are none"
-            raise ValueError(f"{method} takes no option {key!r}: {there_are}")
 
 
 def _constraint(

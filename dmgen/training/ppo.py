@@ -13,7 +13,7 @@ _MOST_ERROR, _LEAST_VARIANCE = 0.2, 1e-8
 def token_rewards(
     reward: Tensor, log_old: Tensor, log_base: Tensor, mask: Tensor, kl_coefficient: float
 ) -> Tensor:
-    """`−β (log π_old(x_t) − log a(x_t))`, and the text's reward on its last token.
+    """Return `−β (log π_old(x_t) − log a(x_t))`, and the text's reward on its last token.
 
     Args:
         reward: of each text, `(N,)`.
@@ -32,11 +32,11 @@ def token_rewards(
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """`Â_t = Σ_l (γλ)^l δ_{t+l}`, `δ_t = r_t + γ V_{t+1} − V_t`, V = 0 after the end, `(N, T)`.
+    """Return `Â_t = Σ_l (γλ)^l δ_{t+l}`, `δ_t = r_t + γ V_{t+1} − V_t`, `(N, T)`; V = 0 at the end.
 
     Args:
         rewards: r_t, `(N, T)`, 0 after the end of a text.
-        values: V_t, likewise, what was expected before token t.
+        values: V_t, likewise, the value expected before token t.
         gamma, gae_lambda: γ and λ, in [0, 1].
 
     Source: Schulman et al. 2016, eq. 16.
@@ -52,7 +52,7 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> Ten
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """`(x − mean) / sqrt(var + 1e-8)` over the entries with mask, 0 elsewhere, `(N, T)`."""
+    """Return `(x − mean) / sqrt(var + 1e-8)` over the entries with mask, 0 elsewhere, `(N, T)`."""
     seen = x[mask]
     white = (x - seen.mean()) / torch.sqrt(seen.var(correction=0) + _LEAST_VARIANCE)
     return torch.where(mask, white, 0.0)
@@ -69,12 +69,12 @@ def ppo_loss(
     clip: float,
     value_coefficient: float,
 ) -> Tensor:
-    """The loss of each token, to descend; only `log_pi` and `values` are differentiated.
+    """Return the loss of each token, to descend; only `log_pi` and `values` are differentiated.
 
     `max(−Âρ, −Â clip(ρ, 1 ± c)) + ½ v max((V − G)², (clip(V, V_old ± c) − G)²)`, ρ = π/π_old.
 
     Args:
-        log_pi, values: log π and V of each token by now, `(N, T)`.
+        log_pi, values: log π and V of each token now, `(N, T)`.
         advantage: Â.
         log_old, old_values: log π and V when the texts were drawn.
         returns: G.
@@ -92,7 +92,7 @@ def ppo_loss(
 
 
 def adapted(coefficient: float, kl: float, kl_target: float, horizon: float, n_texts: int) -> float:
-    """The next KL coefficient, `β (1 + clip(KL/kl_target − 1, ±0.2) · n_texts/horizon)`.
+    """Return the next KL coefficient, `β (1 + clip(KL/kl_target − 1, ±0.2) · n_texts/horizon)`.
 
     Source: Ziegler et al. 2019, section 2.2.
     """
