@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator
 
 import pandas as pd
+import tables
 from grid_report import POINTWISE, asked, batches, finals, load, steps
 from run_grid import BATCHES, TASKS, TWO_TASKS, cells
 
@@ -34,7 +35,7 @@ def table() -> str:
     seeds = pd.Series([(r["task"], r["method"]) for r in load()]).value_counts()
     verdicts = {}
     for result in load():
-        said = [row["verdict"] for row in result["final"]["rows"] if row.get("verdict")]
+        said = [row["verdict"] for row in result["final"] if row.get("verdict")]
         verdicts.setdefault((result["task"], result["method"]), []).append(said)
     names = {result["task"]: asked(result) for result in load()}
     lines = [
@@ -226,17 +227,14 @@ def _made_by() -> str:
     results = load()
     one = results[0]
     seconds = [r["core_seconds"] for r in results]
-    batch, n_steps = one["config"]["trainer"]["batch_size"], one["config"]["n_steps"]
     commits = ", ".join(sorted({r["commit"] for r in results}))
-    rate, n_texts = (
-        one["config"]["trainer"]["learning_rate"],
-        one["config"]["evaluate"]["n_samples"],
-    )
+    facts = tables.read_facts("grid")
     return (
         f"`python benchmarks/run_grid.py`, base {one['base']}, {len(results)} of {len(cells())} "
-        f"runs, of {n_steps} steps of {batch} texts (the other batches: as many texts), learning "
-        f"rate {rate:g}, evaluated on {n_texts:,} texts; a core of {one['hardware']['cpu']}, "
-        f"{min(seconds):.0f} to {max(seconds):.0f} s a run; torch {one['versions']['torch']}; "
+        f"runs, of {one['n_steps']} steps of {one['batch_size']} texts (the other batches: as many "
+        f"texts), learning rate {one['learning_rate']:g}, evaluated on "
+        f"{one['n_evaluated']:,} texts; a core of {facts['hardware']['cpu']}, "
+        f"{min(seconds):.0f} to {max(seconds):.0f} s a run; torch {facts['versions']['torch']}; "
         f"commits {commits}. ± is one standard error of the evaluation."
     )
 

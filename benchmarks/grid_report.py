@@ -1,4 +1,4 @@
-"""Tables and figures of the grid, from its result files.
+"""Figures of the grid, from its tables.
 
     python benchmarks/grid_report.py            # the figures; write_readme.py writes the tables
 
@@ -8,15 +8,15 @@ the figures.
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import record
-from run_grid import EVERYWHERE, METHODS, TASKS, TWO_TASKS
+import policy_runs
+import tables
+from run_grid import EVERYWHERE, METHODS, TASKS, TWO_TASKS, table_of
 
 from dmgen.report import figures
 
@@ -40,17 +40,14 @@ NOISE = (
 @cache
 def load(base: str = "tiny-bios") -> list[dict[str, Any]]:
     """All results of a base, in the order of the tables."""
-    files = (record.RESULTS / "grid").glob(f"{base}-*.json")
     order = list(METHODS)
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    return sorted(found, key=lambda r: (r["task"], order.index(r["method"]), r["seed"]))
+    results = policy_runs.load(table_of(base), stepwise=True)
+    return sorted(results, key=lambda r: (r["task"], order.index(r["method"]), r["seed"]))
 
 
 def asked(result: dict[str, Any]) -> dict[str, float]:
     """The mean that each constraint of a task asks for; 1 for one on every text."""
-    return {
-        row["metric"]: float(row["target"]) for row in result["final"]["rows"] if "target" in row
-    }
+    return {row["metric"]: float(row["target"]) for row in result["final"] if "target" in row}
 
 
 def off(point: dict[str, Any], targets: dict[str, float]) -> tuple[float, float]:
@@ -63,9 +60,9 @@ def off(point: dict[str, Any], targets: dict[str, float]) -> tuple[float, float]
 def final(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
     """What the policy ended with: value and error by metric."""
     rows = {
-        row["metric"]: (row["value"], row["stderr"])
-        for row in result["final"]["rows"]
-        if row["model"] in ("policy", "") and row["value"] is not None
+        row["metric"]: (row["value"], row.get("stderr", math.nan))
+        for row in result["final"]
+        if row["model"] in ("policy", "") and "value" in row
     }
     return rows | {"off": off(rows, asked(result))}
 
@@ -106,11 +103,10 @@ def steps(base: str = "tiny-bios") -> pd.DataFrame:
     for result in load(base):
         if result["method"] in ("GDC++", "GDC"):
             own = {key: result[key] for key in ("task", "method")} | {"seed": str(result["seed"])}
-            frames.append(pd.DataFrame(result["metrics"]).assign(**own))
+            frames.append(result["steps"].drop(columns=["seed"]).assign(**own))
             # The weights' mean is 1, so that ESS = N / (1 + variance).
-            n = result["config"]["trainer"]["batch_size"]
             ess = frames[-1]["ess"]
-            frames[-1]["reward_var"] = n / ess.where(ess > 0) - 1
+            frames[-1]["reward_var"] = result["batch_size"] / ess.where(ess > 0) - 1
     return pd.concat(frames)
 
 
@@ -209,7 +205,7 @@ def main() -> None:
     for name, draw in (
         ("training", draw_training), ("noise", draw_noise), ("batches", draw_batches),
     ):  # fmt: skip
-        path = record.RESULTS / f"grid_{name}.png"
+        path = tables.RESULTS / f"grid_{name}.png"
         draw().savefig(path, dpi=110)
         print(path)
 

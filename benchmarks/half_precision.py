@@ -14,12 +14,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import record
+import tables
 import torch
 from tqdm import tqdm
 
 import dmgen
-from dmgen import storage
 from dmgen.models.hf import scoring
 
 N_TEXTS, LENGTH, SEED = 256, 40, 5
@@ -89,9 +90,10 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="a folder with the model")
     args = parser.parse_args()
-    result = record.facts() | {"rows": measure(str(args.model))}
-    print(table(result))
-    storage.write_json(record.RESULTS / "half_precision.json", result)
+    facts = record.facts()
+    rows = measure(str(args.model))
+    print(table(facts | {"rows": rows}))
+    tables.write("half_precision", pd.DataFrame(rows), facts)
 
 
 if __name__ == "__main__":

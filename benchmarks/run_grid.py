@@ -1,6 +1,6 @@
 r"""The papers' comparison: ten tasks, each by several methods, with as many texts each.
 
-    python benchmarks/run_grid.py                           # every cell without a result file
+    python benchmarks/run_grid.py                           # every cell without a result
     python benchmarks/run_grid.py --share 0/2               # every other one of them
     python benchmarks/run_grid.py --list                    # what there is and what is missing
     python benchmarks/run_grid.py --only 08-female/GDC++/0  # one cell, again if it is there
@@ -8,9 +8,10 @@ r"""The papers' comparison: ten tasks, each by several methods, with as many tex
     python benchmarks/run_grid.py --base models/smollm2 --keep runs/grid --curve 256 \
         --only 03-politics/GDC++/0 dtype=bfloat16 n_steps=60 trainer.total_steps=60
 
-A cell is a task (`tasks/*.yaml`), a method and a seed; its result is a file in `results/grid/`,
-written when the cell is done, so the grid can be stopped at any time. Run two shares side by side
-with OMP_NUM_THREADS=1. What follows the options overrides the tasks, as with `dmgen train`.
+A cell is a task (`tasks/*.yaml`), a method and a seed; its result is a file in `raw/grid/`, written
+when the cell is done, so the grid can be stopped at any time. `write_readme.py` puts these files
+into the tables `results/grid*.csv`. Run two shares side by side with OMP_NUM_THREADS=1. Arguments
+after the options override the tasks, as with `dmgen train`.
 
 Every method draws the same number of texts in batches of one size, with one learning rate, and is
 evaluated alike: a little at the start, and after every quarter of the steps, and on more texts at
@@ -30,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import policy_runs
 import record
+import tables
 from tqdm import tqdm
 
 import dmgen
@@ -91,10 +94,29 @@ def cells() -> list[Cell]:
 
 
 def path_of(base: str, cell: Cell) -> Path:
-    """The result file of a cell."""
+    """Return the raw result file of a cell."""
     task, method, seed = cell
     slug = method.replace("+", "p").replace(" ", "-").replace("(", "").replace(")", "")
-    return record.RESULTS / "grid" / f"{Path(base).name}-{task}-{slug}-{seed}.json"
+    return tables.RAW / "grid" / f"{Path(base).name}-{task}-{slug}-{seed}.json"
+
+
+def table_of(base: str) -> str:
+    """Return the name of a base's table."""
+    name = Path(base).name
+    return "grid" if name == "tiny-bios" else f"grid-{name}"
+
+
+def done(base: str) -> set[Cell]:
+    """Return the cells that are in the table or have a raw result."""
+    return policy_runs.stored(table_of(base)) | {c for c in cells() if path_of(base, c).exists()}
+
+
+def collect() -> None:
+    """Put the raw results into the tables."""
+    every = tables.raw_results("grid")
+    for base in dict.fromkeys(result["base"] for result in every):
+        results = [result for result in every if result["base"] == base]
+        policy_runs.collect(table_of(base), results, stepwise=("GDC++", "GDC"))
 
 
 def config_of(base: str, cell: Cell, overrides: list[str]) -> RunConfig:
@@ -197,7 +219,8 @@ def main() -> None:
             parser.error(f"there is no cell {args.only}; the cells are\n{state(args.base)}")
     else:
         share, n_shares = map(int, args.share.split("/"))
-        chosen = [c for c in cells()[share::n_shares] if not path_of(args.base, c).exists()]
+        finished = done(args.base)
+        chosen = [cell for cell in cells()[share::n_shares] if cell not in finished]
     for cell in tqdm(chosen, unit="cell"):
         started, started_core = time.time(), time.process_time()
         facts = record.facts()  # the commit that it began with
@@ -215,11 +238,11 @@ def main() -> None:
 
 def state(base: str) -> str:
     """A table of methods by tasks: of how many seeds there are results."""
-    rows = []
+    rows, finished = [], done(base)
     for task, method in dict.fromkeys(cell[:2] for cell in cells()):
         own = [cell for cell in cells() if cell[:2] == (task, method)]
-        done = sum(path_of(base, cell).exists() for cell in own)
-        rows.append({"task": task, "method": method, "seeds": f"{done}/{len(own)}"})
+        n_done = sum(cell in finished for cell in own)
+        rows.append({"task": task, "method": method, "seeds": f"{n_done}/{len(own)}"})
     table = pd.DataFrame(rows).pivot(index="method", columns="task", values="seeds")
     return str(table.reindex(METHODS).fillna("").to_string())
 

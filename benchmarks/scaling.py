@@ -21,18 +21,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import record
+import tables
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dmgen
-from dmgen import storage
 from dmgen.models.causal_lm import CausalLM
 
 MICRO_BATCH = 32
@@ -147,6 +147,22 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return [*rows.values(), *shared]
 
 
+def write(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write the table, a row a round."""
+    frame = pd.DataFrame(rows).explode("seconds").astype({"seconds": float})
+    tables.write("scaling", frame, facts)
+
+
+def load() -> dict[str, Any]:
+    """Return the facts and rows of the table."""
+    grouped = tables.groups(tables.read("scaling"), ["axis", "x", "phase"])
+    rows = [
+        {"axis": axis, "x": x, "phase": phase, "seconds": part["seconds"].tolist()}
+        for (axis, x, phase), part in grouped
+    ]
+    return tables.read_facts("scaling") | {"rows": rows}
+
+
 def exponents(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float]]:
     """By axis and phase: the slope over all sizes, and between the two largest."""
     found = {}
@@ -182,7 +198,7 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
+def plot(result: dict[str, Any]) -> None:
     """Seconds against size, an axis a panel, both logarithmic."""
     from matplotlib import pyplot as plt
 
@@ -201,7 +217,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for row in panels:
         row[0].set_ylabel("seconds")
     panels[0, 0].legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(tables.RESULTS / "scaling.png", dpi=110)
     plt.close(figure)
 
 
@@ -217,10 +233,11 @@ def main() -> None:
     if args.worker:
         worker(args.rounds)
         return
-    result = record.facts() | {"rounds": args.rounds, "usual": USUAL, "rows": measure(args.rounds)}
+    facts = record.facts() | {"rounds": args.rounds, "usual": USUAL}
+    result = facts | {"rows": measure(args.rounds)}
     print(table(result))
-    storage.write_json(record.RESULTS / "scaling.json", result)
-    plot(result, record.RESULTS / "scaling.png")
+    write(result["rows"], facts)
+    plot(result)
 
 
 if __name__ == "__main__":

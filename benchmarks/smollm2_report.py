@@ -7,14 +7,15 @@ Seconds are those of training alone: drawing, scoring, gradient steps, checkpoin
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 from typing import Any
 
 import numpy as np
-import record
+import policy_runs
+import tables
 from grid_report import asked, final
-from smollm2_runs import OWN_METHODS, TASKS, cells, path_of
+from smollm2_runs import OWN_METHODS, TASKS, cells
 
 from dmgen.report import figures
 
@@ -27,27 +28,14 @@ Result = dict[str, Any]
 
 def load() -> list[Result]:
     """The results that are there, by task and then method."""
-    paths = [path_of(f"{task.stem}/{method}") for task, method in cells()]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
     order = list(OWN_METHODS)
-    return sorted(found, key=lambda r: (r["task"], order.index(r["method"])))
+    return sorted(policy_runs.load("smollm2"), key=lambda r: (r["task"], order.index(r["method"])))
 
 
 def of_base(result: Result) -> dict[str, tuple[float, float]]:
     """What the final evaluation says of the base: value and error by metric."""
-    rows = [row for row in result["final"]["rows"] if row["model"] == "base"]
-    return {row["metric"]: (row["value"], row["stderr"]) for row in rows}
-
-
-def seconds_at(result: Result) -> list[float]:
-    """Seconds of training at each point of the curve."""
-    spent = [0.0, *result["metrics"]["seconds"]]
-    return [spent[point["step"]] for point in result["curve"]]
-
-
-def seconds_a_step(result: Result) -> float:
-    """The median step; the first warms up."""
-    return statistics.median(np.diff(result["metrics"]["seconds"]))
+    rows = [row for row in result["final"] if row["model"] == "base"]
+    return {row["metric"]: (row["value"], row.get("stderr", math.nan)) for row in rows}
 
 
 def table() -> str:
@@ -75,7 +63,7 @@ def table() -> str:
             _shown(*last["kl_policy_base"]),
             _shown(*last["self_bleu_5"]),
             f"{last['distinct_1'][0]:.4f} ± {last['distinct_1'][1]:.4f}",
-            f"{seconds_a_step(result):.1f}",
+            f"{result['seconds_a_step']:.1f}",
             f"{result['peak_bytes'] / 2**30:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -89,9 +77,8 @@ def cost(throughput: Result) -> str:
     for result in load():
         if "LoRA" in result["method"]:
             continue
-        config = result["config"]["trainer"]
-        own = seconds_a_step(result) * throughput["texts"] / config["batch_size"]
-        if config["average_decay"]:
+        own = result["seconds_a_step"] * throughput["texts"] / result["batch_size"]
+        if "average_decay" in result:
             peak = throughput["improved_peak_bytes"]
         else:  # with the model that is drawn from once the proposal has moved
             peak = throughput["peak_bytes"][str(throughput["texts"])] + 4 * N_WEIGHTS
@@ -113,8 +100,8 @@ def expected_seconds(result: Result, throughput: Result) -> float:
         for variant, phases in throughput["seconds"].items()
     }
     one = middle["dmgen bf16"]
-    features = one["score"] if "classifier" in str(result["config"]["constraints"]) else 0.0
-    if result["config"]["trainer"]["average_decay"]:
+    features = one["score"] if "classifier" in str(result["constraints"]) else 0.0
+    if "average_decay" in result:
         return features + middle["dmgen bf16 improved"]["step"]
     hard = result["method"] == "GDC" and 1.0 in asked(result).values()
     ((name, _),) = asked(result).items()
@@ -125,8 +112,7 @@ def expected_seconds(result: Result, throughput: Result) -> float:
 def outlook() -> str:
     """What a day of this machine draws, and what the papers' number of texts would take."""
     result = next(r for r in load() if r["method"] == "GDC++")
-    size = result["config"]["trainer"]["batch_size"]
-    a_day = 86_400 * size / seconds_a_step(result)
+    a_day = 86_400 * result["batch_size"] / result["seconds_a_step"]
     # A token: 2 operations a weight to draw, 2 to score under the base, 6 forward and backward.
     operations = PAPERS_TEXTS * 40 * 10 * N_WEIGHTS
     return (
@@ -159,10 +145,12 @@ def draw() -> Any:
             if result["task"] != task.stem:
                 continue
             ((moment, target),) = asked(result).items()
-            samples = [point["samples"] for point in result["curve"]]
+            samples, seconds = (
+                [point[key] for point in result["curve"]] for key in ("samples", "seconds")
+            )
             colour, dashes = colours[result["method"]]
             for ax, x, metric in zip(
-                column, (samples, seconds_at(result), samples), (KL, KL, moment), strict=True
+                column, (samples, seconds, samples), (KL, KL, moment), strict=True
             ):
                 values, errors = np.array([point[metric] for point in result["curve"]]).T
                 ax.errorbar(
@@ -196,29 +184,29 @@ def _made_by() -> str:
     results = load()
     one = results[0]
     commits = ", ".join(sorted({r["commit"] for r in results}))
-    sizes = {r["task"]: _size(r["config"]) for r in results if "LoRA" not in r["method"]}
+    facts = tables.read_facts("smollm2")
+    sizes = {r["task"]: _size(r) for r in results if "LoRA" not in r["method"]}
     return (
         f"`{one['command'].split(' --only')[0]}`: {CAVEAT}; {len(results)} of {len(cells())} runs, "
         "of texts of up to 40 tokens, in bfloat16 with float32 weights: "
         + "; ".join(f"{task} {size}" for task, size in sizes.items())
-        + f" (LoRA: a rate of its own). {one['hardware']['cpus']} cores of "
-        f"{one['hardware']['cpu']}, torch {one['versions']['torch']}; commits {commits}. ± is one "
-        "standard error."
+        + f" (LoRA: a rate of its own). {facts['hardware']['cpus']} cores of "
+        f"{facts['hardware']['cpu']}, torch {facts['versions']['torch']}; commits {commits}. ± is "
+        "one standard error."
     )
 
 
-def _size(config: Result) -> str:
-    """How long a run is, and what it is evaluated on."""
-    trainer = config["trainer"]
+def _size(result: Result) -> str:
+    """Return how long a run is, and on how many texts it is evaluated."""
     return (
-        f"{config['n_steps']} steps of {trainer['batch_size']} texts, learning rate "
-        f"{trainer['learning_rate']:g}, evaluated on {config['evaluate']['n_samples']:,}"
+        f"{result['n_steps']} steps of {result['batch_size']} texts, learning rate "
+        f"{result['learning_rate']:g}, evaluated on {result['n_evaluated']:,}"
     )
 
 
 def main() -> None:
     """Draws the figure."""
-    path = record.RESULTS / "smollm2.png"
+    path = tables.RESULTS / "smollm2.png"
     draw().savefig(path, dpi=110)
     print(path)
 

@@ -26,7 +26,6 @@ not find a use for again.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import statistics
 import subprocess
@@ -38,12 +37,13 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import pandas as pd
 import record
+import tables
 import torch
 from tqdm import tqdm
 
 import dmgen
-from dmgen import storage
 from dmgen.models.causal_lm import CausalLM
 
 LENGTH, MICRO_BATCH = 40, 32
@@ -233,6 +233,28 @@ def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, 
     return seconds
 
 
+def write(label: str, seconds: dict[str, dict[str, list[float]]], facts: dict[str, Any]) -> None:
+    """Write the table, a row a round of each variant and phase."""
+    rows = [
+        {"variant": variant, "phase": phase, "round": i, "seconds": x}
+        for variant, by_phase in seconds.items()
+        for phase, measured in by_phase.items()
+        for i, x in enumerate(measured)
+    ]
+    tables.write(f"throughput_{label}", pd.DataFrame(rows), facts)
+
+
+def load(label: str) -> dict[str, Any]:
+    """Return the facts of a table and its seconds by variant and phase."""
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for (variant, phase), rows in tables.groups(
+        tables.read(f"throughput_{label}"), ["variant", "phase"]
+    ):
+        by_phase = seconds.setdefault(variant, {name: [] for name in PHASES})
+        by_phase[phase] = rows["seconds"].tolist()
+    return tables.read_facts(f"throughput_{label}") | {"seconds": seconds}
+
+
 def peak(name: str, n: int, prompt: str, n_steps: int, *more: str) -> int:
     """Bytes of the largest resident set of a process that takes steps of n texts."""
     command = [sys.executable, __file__, name, "--texts", str(n), "--prompt", prompt]
@@ -297,19 +319,19 @@ def main() -> None:
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    result = record.facts() | {
+    facts = record.facts() | {
         "texts": args.texts,
         "length": LENGTH,
         "torch_threads": torch.get_num_threads(),
         "peak_bytes": {
-            k * args.texts: peak(args.model, k * args.texts, args.prompt, 16 // k) for k in (1, 8)
+            str(k * args.texts): peak(args.model, k * args.texts, args.prompt, 16 // k)
+            for k in (1, 8)
         },
         "improved_peak_bytes": peak(args.model, args.texts, args.prompt, 16, "--improved"),
-        "seconds": measure(args.model, args.texts, args.prompt, args.rounds),
     }
-    print(table(json.loads(json.dumps(result))))  # as it will be read from its file
-    label = args.model.rstrip("/").split("/")[-1].replace("-", "_")
-    storage.write_json(record.RESULTS / f"throughput_{label}.json", result)
+    seconds = measure(args.model, args.texts, args.prompt, args.rounds)
+    print(table(facts | {"seconds": seconds}))
+    write(args.model.rstrip("/").split("/")[-1].replace("-", "_"), seconds, facts)
 
 
 if __name__ == "__main__":
