@@ -114,8 +114,8 @@ def run_rare(name: str, seed: int) -> dict[str, Any]:
     sampler = kind(policy, target, config, **options)
     curve = []
     for _ in range(RARE_SAMPLES // RARE_EVERY):
-        sampler.train(RARE_EVERY // config.batch_size)
-        curve.append([sampler.n_drawn, sampler.seconds, exact.kl_target_policy(policy)])
+        step = sampler.train(RARE_EVERY // config.batch_size).iloc[-1]
+        curve.append([int(step["samples"]), step["seconds"], exact.kl_target_policy(policy)])
     return {"curve": curve, "base_rate": math.exp(exact.log_z)}
 
 
@@ -149,10 +149,10 @@ def run_bios(name: str, seed: int) -> dict[str, Any]:
     while seconds < BIOS_SECONDS:
         # Seconds of a core: other work on the machine does not count.
         started = time.process_time()
-        sampler.train(BIOS_EVERY)
+        step = sampler.train(BIOS_EVERY).iloc[-1]
         seconds += time.process_time() - started
         kl = float(weights @ (log_score - policy.log_prob(judge))) - log_z
-        curve.append([sampler.n_drawn, seconds, kl])
+        curve.append([int(step["samples"]), seconds, kl])
     scores = dmgen.evaluate(policy, target, n_samples=1024, seed=seed + 1000)
     return {
         "base_rate": target.base_moments["female"].value,

@@ -34,8 +34,8 @@ PAIRS = (
 
 
 def states_in_bfloat16(base: dmgen.CausalLM, samples: dmgen.Samples) -> torch.Tensor:
-    """Log-probability of each token without autocast, `(N, T)`: the model as it came."""
-    start = base._prompt_ids(samples.prompts[0], LENGTH)
+    """Return the log-probability of each token without autocast, `(N, T)`."""
+    start = torch.tensor(base.tokenizer(samples.prompts[0])["input_ids"], device=base.device)
     with torch.no_grad():
         parts = [
             scoring.score(base.model, start, samples.tokens[i], samples.mask[i], chunked=True)

@@ -166,14 +166,16 @@ def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None)
         model.sample(N_PAIRS, prompt=config.prompt, seed=final.seed).texts
         for model in (target.base, policy)
     )
+    history = pd.DataFrame(sampler.history)
+    absent = [None] * len(history)
     return {
         "config": config.to_mapping() | {"base": Path(config.base).name},
         "constraints": target.to_dict()["constraints"],
-        "metrics": {key: [short(row.get(key)) for row in sampler.history] for key in KEPT},
+        "metrics": {key: [short(x) for x in history.get(key, absent)] for key in KEPT},
         "curve": curve,
         "final": scores.to_dict(),
         "texts": [list(pair) for pair in zip(before, after, strict=True)],
-        "training_seconds": round(sampler.seconds, 1),
+        "training_seconds": round(history["seconds"].iloc[-1], 1),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
@@ -191,7 +193,8 @@ def point(sampler: Any, n_samples: int) -> dict[str, Any]:
         for row in scores.to_dict()["rows"]
         if row["model"] in ("policy", "")
     }
-    return {"step": sampler.step, "samples": sampler.n_drawn} | found
+    samples = pd.DataFrame(sampler.history)["samples"].max() if sampler.step else 0
+    return {"step": sampler.step, "samples": int(samples)} | found
 
 
 def main() -> None:

