@@ -254,7 +254,7 @@ def table(part: str) -> str:
     ends = [curve[-1] for curve in frame[frame["name"] == "GDC++"]["curve"]]
     reference = [statistics.median(end[column] for end in ends) for column in (0, 1)]
     head = ["setting", "final KL(p‖π)", "− GDC++", "samples", "seconds", "reached in"]
-    head += ["moment", "KL(π‖a)", "KL spent beyond the least"] if part == "bios" else []
+    head += ["moment", "KL(π‖a)", "KL(π‖a) − least KL for its moment"] if part == "bios" else []
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in settings:
         mine = frame[frame["name"] == name].sort_values("seed")

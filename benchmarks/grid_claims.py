@@ -1,4 +1,4 @@
-"""What the GDC++ paper claims, checked on the grid; its tables for benchmarks/README.md.
+"""The claims of the GDC++ paper, checked on the grid, as tables for benchmarks/README.md.
 
     python benchmarks/grid_claims.py
 
@@ -39,7 +39,7 @@ def table() -> str:
         verdicts.setdefault((result["task"], result["method"]), []).append(said)
     names = {result["task"]: asked(result) for result in load()}
     lines = [
-        "| task | method | seeds | moments (asked) | " + " | ".join(COLUMNS.values()) + " |",
+        "| task | method | seeds | moments (requested) | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (4 + len(COLUMNS)) + "|",
     ]
     for row in frame.to_dict("records"):
@@ -172,7 +172,7 @@ def _noise_claims() -> Iterator[Row]:
         mean = mean.dropna()
         n, lower = len(mean), int((mean["GDC++"] < mean["GDC"]).sum())
         ratio = (mean["GDC++"] / mean["GDC"]).median()
-        said = f"lower in {lower} of {n} tasks, in the middle one {ratio:.2f} times that of GDC"
+        said = f"lower in {lower} of {n} tasks, in the median task {ratio:.2f} times that of GDC"
         verdict = "holds" if lower == n else "undecided" if lower > n / 2 else "does not"
         name = f"GDC++ lowers the variance of the {word}"
         yield name, said, verdict if n == len(TASKS) else _OPEN

@@ -24,7 +24,7 @@ POINTWISE = [path.stem for path in TASKS[:6]]
 # A row of the figures: its name, and what it is drawn of.
 PANELS = (
     ("kl_target_policy", "KL(p‖π), nats"),
-    ("off", "mean |E φ − asked|"),
+    ("off", "mean |E φ − requested|"),
     ("kl_policy_base", "KL(π‖a), nats"),
     ("self_bleu_5", "Self-BLEU-5"),
     ("distinct_1", "Distinct-1"),

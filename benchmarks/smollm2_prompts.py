@@ -50,7 +50,7 @@ def table(result: dict[str, Any]) -> str:
     scores = {(row["prompt"], row["feature"]): (row["fraction"], row["stderr"]) for row in rows}
     lines = [
         f"`{result['command']}`: {result['n_texts']} texts of 40 tokens a prompt, torch "
-        f"{result['versions']['torch']}. Share of texts, ± one standard error.",
+        f"{result['versions']['torch']}. Fraction of texts, ± one standard error.",
         "",
         "| prompt | " + " | ".join(names) + " |",
         "|---" * (1 + len(names)) + "|",

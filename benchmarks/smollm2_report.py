@@ -43,7 +43,7 @@ def table() -> str:
     lines = [
         _made_by(),
         "",
-        "| task | method | moment, base → policy (asked) | KL(p‖a) → KL(p‖π) | fell by | KL(π‖a) "
+        "| task | method | moment, base → policy (requested) | KL(p‖a) → KL(p‖π) | fell by | KL(π‖a) "
         "| Self-BLEU-5 | Distinct-1 | s a step | peak GiB |",
         "|---" * 10 + "|",
     ]
@@ -160,7 +160,7 @@ def draw() -> Any:
             column[2].axhline(target, color="#5b6673", linewidth=1, linestyle=":")
         for ax, title, xlabel in zip(
             column,
-            ("KL(p‖π), nats", "KL(p‖π), nats", "moment (dotted: asked)"),
+            ("KL(p‖π), nats", "KL(p‖π), nats", "moment (dotted: requested)"),
             ("texts drawn", "seconds of training, two cores", "texts drawn"),
             strict=True,
         ):
