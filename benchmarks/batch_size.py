@@ -38,7 +38,7 @@ PAIRS = (("GDC++", "GDC"), ("GDC", "frozen"))
 
 
 def run(task: str, method: str, size: int, seed: int, n_samples: int) -> dict[str, Any]:
-    """One training run; its final divergences, exact."""
+    """Run one training; return its final divergences, exact."""
     target = TASKS[task]
     kind, settings = METHODS[method]
     config = dmgen.TrainerConfig(
@@ -58,17 +58,17 @@ def run(task: str, method: str, size: int, seed: int, n_samples: int) -> dict[st
 
 
 def finals(rows: list[dict[str, Any]], task: str, method: str, size: int) -> list[float]:
-    """KL(p‖π) of each seed, in order."""
-    found = [
+    """Return KL(p‖π) of each seed, in the order of seeds."""
+    kl_by_seed = [
         (row["seed"], row["kl_target_policy"])
         for row in rows
         if (row["task"], row["method"], row["batch_size"]) == (task, method, size)
     ]
-    return [kl for _, kl in sorted(found)]
+    return [kl for _, kl in sorted(kl_by_seed)]
 
 
 def table(result: dict[str, Any]) -> str:
-    """Mean final KL(p‖π) by method, and paired differences, each with its 95 % interval."""
+    """Return the mean final KL(p‖π) by method, and paired differences, with 95 % intervals."""
     rows = result["rows"]
     hardware, versions = result["hardware"], result["versions"]
     facts = (

@@ -1,4 +1,4 @@
-"""Settings beyond the papers against GDC++: samples, time and KL that each takes.
+"""Settings beyond the papers compared with GDC++: samples, time and KL of each.
 
     python benchmarks/beyond.py rare         # a rare pointwise target, exact; about 10 minutes
     python benchmarks/beyond.py bios         # female 0.5 on tiny-bios, two at a time; about an hour
@@ -102,7 +102,7 @@ BIOS: dict[str, Setting] = {
 
 
 def run_rare(name: str, seed: int) -> dict[str, Any]:
-    """One run on the rare target: exact KL(p‖π) after every RARE_EVERY texts."""
+    """Run on the rare target; return the exact KL(p‖π) after every RARE_EVERY texts."""
     target = synthetic.pointwise(WORD)
     exact = target.exact()
     kind, options, settings = RARE[name]
@@ -120,7 +120,7 @@ def run_rare(name: str, seed: int) -> dict[str, Any]:
 
 
 def heldout(target: dmgen.EBM) -> tuple[dmgen.Samples, torch.Tensor, torch.Tensor, float]:
-    """Texts that p is judged on, log P of each, their weights (sum 1), and log Z."""
+    """Return texts that represent p, log P of each, their weights (sum 1), and log Z."""
     texts = target.base.sample(8192, seed=987)
     log_score = target.log_score(texts, base_log_prob=texts.log_prob)
     female = target.values(texts)["female"] == 1
@@ -135,7 +135,7 @@ def heldout(target: dmgen.EBM) -> tuple[dmgen.Samples, torch.Tensor, torch.Tenso
 
 
 def run_bios(name: str, seed: int) -> dict[str, Any]:
-    """One run on tiny-bios: KL(p‖π) on the held-out texts every few steps, for BIOS_SECONDS."""
+    """Run on tiny-bios for BIOS_SECONDS; return KL(p‖π) on held-out texts every few steps."""
     target = bios_target()
     judge, log_score, weights, log_z = heldout(target)
     kind, options, settings = BIOS[name]
@@ -167,7 +167,7 @@ _TARGETS: list[dmgen.EBM] = []
 
 
 def bios_target() -> dmgen.EBM:
-    """Half of the biographies about women, fitted once a process."""
+    """Return the target "half of the biographies are about women", fitted once a process."""
     if not _TARGETS:
         base = dmgen.CausalLM.from_pretrained("tiny-bios")
         female = dmgen.features.gender("female")
@@ -242,12 +242,12 @@ def thinned(curve: list[list[float]]) -> list[list[float]]:
 
 
 def first_below(curve: list[list[float]], level: float, column: int) -> float:
-    """Samples (column 0) or seconds (1) at which KL first is at most `level`; inf if never."""
+    """Return the samples (column 0) or seconds (1) at the first KL <= `level`; inf if none."""
     return next((point[column] for point in curve if point[2] <= level), math.inf)
 
 
 def table(part: str) -> str:
-    """Final KL(p‖π), and how soon GDC++'s final one was reached, in samples and in seconds."""
+    """Return final KL(p‖π), and samples and seconds until that of GDC++ is reached."""
     settings, frame = PARTS[part][0], shared(load(part))
     finals = {n: [c[-1][2] for c in frame[frame["name"] == n]["curve"]] for n in settings}
     level = record.mean_interval(finals["GDC++"])[0]
@@ -282,7 +282,7 @@ def table(part: str) -> str:
 
 
 def _beyond(row: pd.Series) -> float:
-    """KL(π‖a) less the least that its moment costs, KL(Bern(moment)‖Bern(base rate)), nats."""
+    """Return KL(π‖a) − KL(Bern(moment)‖Bern(base rate)), the excess over the least, nats."""
     m, rate = row["moment"], row["base_rate"]
     least = m * math.log(m / rate) + (1 - m) * math.log((1 - m) / (1 - rate)) if m else 0.0
     return float(row["kl_policy_base"] - least)

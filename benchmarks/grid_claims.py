@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import pandas as pd
 import tables
-from grid_report import POINTWISE, asked, batches, finals, load, steps
+from grid_report import POINTWISE, batches, finals, load, requested, steps
 from run_grid import BATCHES, TASKS, TWO_TASKS, cells
 
 COLUMNS = {
@@ -30,14 +30,14 @@ _OPEN = "open: not all run"
 
 
 def table() -> str:
-    """Every task and method: moments with verdicts, KLs, diversity; means over seeds."""
+    """Return a row a task and method: moments with verdicts, KLs, diversity; means over seeds."""
     frame = finals()
     seeds = pd.Series([(r["task"], r["method"]) for r in load()]).value_counts()
     verdicts = {}
     for result in load():
         said = [row["verdict"] for row in result["final"] if row.get("verdict")]
         verdicts.setdefault((result["task"], result["method"]), []).append(said)
-    names = {result["task"]: asked(result) for result in load()}
+    names = {result["task"]: requested(result) for result in load()}
     lines = [
         "| task | method | seeds | moments (requested) | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (4 + len(COLUMNS)) + "|",
@@ -58,13 +58,13 @@ def table() -> str:
 
 
 def claims() -> str:
-    """Each claim of the paper with what was measured here and a verdict."""
+    """Return each claim of the paper with the measurement here and a verdict."""
     lines = ["| claim | measured here | verdict |", "|---|---|---|"]
     return "\n".join(lines + [f"| {a} | {b} | {c} |" for a, b, c in _claims()])
 
 
 def texts(n: int = 2) -> str:
-    """Texts before and after, from the same random numbers, of GDC++ with the first seed."""
+    """Return texts of the base and GDC++ (first seed), drawn with the same random numbers."""
     lines = ["| task | base | GDC++ |", "|---|---|---|"]
     for result in load():
         if result["method"] == "GDC++" and result["seed"] == 0:
@@ -118,7 +118,7 @@ def _has(frame: pd.DataFrame, method: str) -> bool:
 def _count(
     frame: pd.DataFrame, metric: str, one: str, other: str, wanted: float
 ) -> tuple[str, str]:
-    """In how many tasks `one` is below `other`, and the verdict on "in a share `wanted`"."""
+    """Count the tasks where `one` is below `other`; judge "in a fraction `wanted` of them"."""
     lower = clear_lower = clear_higher = n = 0
     for task in frame.index.get_level_values("task").unique():
         if (task, one) not in frame.index or (task, other) not in frame.index:

@@ -1,4 +1,4 @@
-"""How far log-probabilities in bfloat16 are off, by where the model adds up its states.
+"""Errors of log-probabilities in bfloat16, by the precision of the hidden states.
 
     python benchmarks/half_precision.py models/smollm2      # some three minutes on two cores
 
@@ -45,7 +45,7 @@ def states_in_bfloat16(base: dmgen.CausalLM, samples: dmgen.Samples) -> torch.Te
 
 
 def measure(name: str) -> list[dict[str, Any]]:
-    """A row a prompt and pair: the difference of texts, in nats, and the largest of a token."""
+    """Return a row a prompt and pair: the difference of texts, and the largest of a token."""
     base = dmgen.CausalLM.from_pretrained(name, dtype="bfloat16", max_new_tokens=LENGTH)
     exact = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH)
     policy, rows = base.copy(), []
@@ -68,7 +68,7 @@ def measure(name: str) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as Markdown."""
     lines = [
         f"`{result['command']}`: {N_TEXTS} texts of {LENGTH} tokens a prompt, seed {SEED}, torch "
         f"{result['versions']['torch']}. Differences of log-probabilities, nats.",

@@ -1,4 +1,4 @@
-"""Time, steps and final error of `fit_lambdas`, beside three other ways to solve the same dual.
+"""Time, steps and final error of `fit_lambdas` and of three other solvers of the same dual.
 
     python benchmarks/lambda_fit.py             # writes results/lambda_fit.csv
     python benchmarks/lambda_fit.py --quick     # writes nothing
@@ -9,19 +9,19 @@ Solvers, all on the same samples and from lambda = 0:
 - L-BFGS-B: scipy, exact gradient, standardised features;
 - gradient: `lambda += 0.5 (target - moments)`, at most 1000 steps, until the largest error is 1e-8,
   on the features as they are: the scheme usual for this problem, written for this comparison.
-The rivals return lambda only. The error is the largest |moment - target|, in standard deviations of
-the feature under the target, computed the same way for all.
+The other solvers return lambda only. The error is the largest |moment - target|, in standard
+deviations of the feature under the target, computed the same way for all.
 
 Binary features have base rates from 0.5 down to 0.01 and targets twice the rate (at most 0.6);
 rare ones have rates from 0.05 down to 0.001 and targets 0.4; real ones are normal with scales from
 0.1 to 40 and means up to 100, targets half a standard deviation off (less for K > 9: the corner of
-a cube is outside the hull of few points). A rival is not run on more than `--rival-limit` numbers
-(N K), the gradient solver not on more than an eighth of it: "-" in the table. "diverged" is an
-error above one standard deviation.
+a cube is outside the hull of few points). Another solver is not run on more than `--rival-limit`
+numbers (N K), the gradient solver not on more than an eighth of it: "-" in the table. "diverged" is
+an error above one standard deviation.
 
 The eight rare features of the largest case have targets exactly on the edge of the hull: no finite
 lambda exists, and the 19 texts on that edge would carry all weight. `fit_lambdas` proves it; the
-rivals return a lambda of 145 and call it converged.
+others return a lambda of 145 and report convergence.
 """
 
 from __future__ import annotations
@@ -86,8 +86,10 @@ def solve_scipy(method: str, options: dict[str, Any]) -> Solver:
             return (centred * p[:, None]).T @ centred
 
         exact = {"hess": hessian} if method == "trust-exact" else {}
-        found = minimize(value, np.zeros(len(t)), jac=True, method=method, options=options, **exact)
-        return found.x / scale, int(found.nit)
+        solution = minimize(
+            value, np.zeros(len(t)), jac=True, method=method, options=options, **exact
+        )
+        return solution.x / scale, int(solution.nit)
 
     return solve
 

@@ -1,4 +1,4 @@
-r"""The papers' comparison: ten tasks, each by several methods, with as many texts each.
+r"""The papers' comparison: ten tasks by several methods with equal numbers of texts.
 
     python benchmarks/run_grid.py                           # every cell without a result
     python benchmarks/run_grid.py --share 0/2               # every other one of them
@@ -46,7 +46,7 @@ from dmgen.training import run_folder
 TASKS = sorted((Path(__file__).parent / "tasks").glob("*.yaml"))
 # Every so many steps, the variance of the gradient: Figure 5.
 DIAGNOSED = "trainer.diagnose_every=24"
-# By the name in tables: the method and what it sets beside the task's own settings.
+# By the name in tables: the method and the settings that it adds to those of the task.
 METHODS: dict[str, tuple[str, ...]] = {
     "GDC++": ("method=GDCpp", DIAGNOSED),
     "GDC": ("method=GDC", DIAGNOSED),
@@ -75,7 +75,7 @@ for size, method in product(BATCHES, ("GDC++", "GDC")):
 METHODS["REINFORCE P(x)"] = ("method=ReinforceP",)
 SEEDS = {"GDC++": 2, "GDC": 2}
 N_QUARTERS, N_PAIRS = 4, 6
-# Columns of the metrics that a result file keeps.
+# Columns of the metrics that a raw result keeps.
 KEPT = (
     "samples", "seconds", "log_z", "log_z_stderr", "ess", "kl_target_policy", "advantage_mean",
     "advantage_abs_mean", "advantage_var", "grad_variance", "grad_norm", "proposal_updated",
@@ -84,7 +84,7 @@ Cell = tuple[str, str, int]
 
 
 def cells() -> list[Cell]:
-    """All cells in the order in which they run: the methods that the claims are about first."""
+    """Return all cells in the order of their runs, the methods of the claims first."""
     every = product(METHODS, range(2), [path.stem for path in TASKS])
     return [
         (task, method, seed)
@@ -120,7 +120,7 @@ def collect() -> None:
 
 
 def config_of(base: str, cell: Cell, overrides: list[str]) -> RunConfig:
-    """The task's own configuration with what the method and the seed change."""
+    """Return the configuration of the task with the settings of method and seed."""
     task, method, seed = cell
     path = Path(__file__).parent / "tasks" / f"{task}.yaml"
     own = [f"base={base}", *METHODS[method], f"trainer.seed={seed}"]
@@ -129,16 +129,16 @@ def config_of(base: str, cell: Cell, overrides: list[str]) -> RunConfig:
 
 @cache
 def target_of(base: str, task: str, overrides: tuple[str, ...]) -> dmgen.EBM:
-    """The target of a task, which the methods and seeds of a process share."""
+    """Return the target of a task, which the methods and seeds of a process share."""
     config = config_of(base, (task, "GDC++", 0), list(overrides))
     return fit_target(config, load_model(base, config), show=False)
 
 
 def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None) -> dict[str, Any]:
-    """Trains one policy: its metrics, evaluations over training, final scores, and texts.
+    """Train one policy; return its metrics, evaluations during training, final scores, texts.
 
-    `folder` is a run folder for its checkpoints: what was stopped goes on from there, with the
-    target that it had.
+    `folder` is a run folder for its checkpoints: a run that was stopped resumes from there, with
+    its target.
     """
     begun = folder is not None and run_folder.has_checkpoint(folder)
     if folder is not None and begun:
@@ -181,24 +181,24 @@ def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None)
 
 
 def short(x: Any) -> float | None:
-    """Four digits of a number, None where there is none."""
+    """Return a number with four digits, None for None or a number that is not finite."""
     return float(f"{x:.4g}") if x is not None and math.isfinite(x) else None
 
 
 def point(sampler: Any, n_samples: int) -> dict[str, Any]:
-    """One point of the curves: a small evaluation of the policy as it stands, value and error."""
+    """Return one point of the curves: a small evaluation of the current policy."""
     scores = dmgen.evaluate(sampler.policy, sampler.target, n_samples=n_samples, seed=1000)
-    found = {
+    metrics = {
         row["metric"]: [short(row["value"]), short(row["stderr"])]
         for row in scores.to_dict()["rows"]
         if row["model"] in ("policy", "")
     }
     samples = pd.DataFrame(sampler.history)["samples"].max() if sampler.step else 0
-    return {"step": sampler.step, "samples": int(samples)} | found
+    return {"step": sampler.step, "samples": int(samples)} | metrics
 
 
 def main() -> None:
-    """Runs what is missing, or lists it."""
+    """Run the missing cells, or list them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -240,7 +240,7 @@ def main() -> None:
 
 
 def state(base: str) -> str:
-    """A table of methods by tasks: of how many seeds there are results."""
+    """Return a table of methods by tasks: the number of seeds with results."""
     rows, finished = [], done(base)
     for task, method in dict.fromkeys(cell[:2] for cell in cells()):
         own = [cell for cell in cells() if cell[:2] == (task, method)]

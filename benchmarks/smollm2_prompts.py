@@ -1,4 +1,4 @@
-"""How often a base says what the tasks ask for, by prompt: which prompt to choose.
+"""Base rates of the tasks' features by prompt, to choose the prompts.
 
     python benchmarks/smollm2_prompts.py models/smollm2     # about two minutes on two cores
 
@@ -44,7 +44,7 @@ HEADS = Path(__file__).parent / "heads"
 
 
 def table(result: dict[str, Any]) -> str:
-    """The shares with their errors as Markdown."""
+    """Return the fractions with their errors as Markdown."""
     rows = result["rows"]
     names = list(dict.fromkeys(row["feature"] for row in rows))
     scores = {(row["prompt"], row["feature"]): (row["fraction"], row["stderr"]) for row in rows}
@@ -62,7 +62,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Draws texts after each prompt, and writes the share of each feature with its error."""
+    """Draw texts after each prompt, and write the fraction of each feature with its error."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

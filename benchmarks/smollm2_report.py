@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import policy_runs
 import tables
-from grid_report import asked, final
+from grid_report import final, requested
 from smollm2_runs import OWN_METHODS, TASKS, cells
 
 from dmgen.report import figures
@@ -27,31 +27,31 @@ Result = dict[str, Any]
 
 
 def load() -> list[Result]:
-    """The results that are there, by task and then method."""
+    """Return the stored results, by task and then method."""
     order = list(OWN_METHODS)
     return sorted(policy_runs.load("smollm2"), key=lambda r: (r["task"], order.index(r["method"])))
 
 
 def of_base(result: Result) -> dict[str, tuple[float, float]]:
-    """What the final evaluation says of the base: value and error by metric."""
+    """Return the value and error of the base by metric, from the final evaluation."""
     rows = [row for row in result["final"] if row["model"] == "base"]
     return {row["metric"]: (row["value"], row.get("stderr", math.nan)) for row in rows}
 
 
 def table() -> str:
-    """A row a run: moments and KL(p‖π) from start to end, the price, diversity, and the cost."""
+    """Return a row a run: moments and KL(p‖π) from start to end, KL(π‖a), diversity, cost."""
     lines = [
         _made_by(),
         "",
-        "| task | method | moment, base → policy (requested) | KL(p‖a) → KL(p‖π) | fell by | KL(π‖a) "
-        "| Self-BLEU-5 | Distinct-1 | s a step | peak GiB |",
+        "| task | method | moment, base → policy (requested) | KL(p‖a) → KL(p‖π) | fell by "
+        "| KL(π‖a) | Self-BLEU-5 | Distinct-1 | s a step | peak GiB |",
         "|---" * 10 + "|",
     ]
     for result in load():
         base, last = of_base(result), final(result)
         moments = [
             f"{_shown(*base[name])} → {_shown(*last[name])} ({target:g})"
-            for name, target in asked(result).items()
+            for name, target in requested(result).items()
         ]
         start, end = last["kl_target_base"], last[KL]
         cells = [
@@ -71,7 +71,7 @@ def table() -> str:
 
 
 def cost(throughput: Result) -> str:
-    """Seconds a step and peak memory of the runs of all weights, as shares of what is expected."""
+    """Return seconds a step and peak memory over the expected ones, of runs of all weights."""
     head = "| task | method | seconds a step / expected | peak memory / expected |"
     lines = [head, "|---" * 4 + "|"]
     for result in load():
@@ -89,7 +89,7 @@ def cost(throughput: Result) -> str:
 
 
 def expected_seconds(result: Result, throughput: Result) -> float:
-    """What a whole step takes in throughput.py, less and more what this run does otherwise.
+    """Return the seconds of a step in throughput.py, corrected for differences of this run.
 
     The median step of GDC and GDC++ is one before the proposal moves: texts are the base's, and
     log a is known. GDC scores those texts alone that have no gradient, since they miss a hard
@@ -103,14 +103,14 @@ def expected_seconds(result: Result, throughput: Result) -> float:
     features = one["score"] if "classifier" in str(result["constraints"]) else 0.0
     if "average_decay" in result:
         return features + middle["dmgen bf16 improved"]["step"]
-    hard = result["method"] == "GDC" and 1.0 in asked(result).values()
-    ((name, _),) = asked(result).items()
+    hard = result["method"] == "GDC" and 1.0 in requested(result).values()
+    ((name, _),) = requested(result).items()
     missed = 1 - of_base(result)[name][0] if hard else 0.0
     return features + one["step"] - one["score"] - missed * (one["backward"] - one["score"])
 
 
 def outlook() -> str:
-    """What a day of this machine draws, and what the papers' number of texts would take."""
+    """Return the texts a day of this machine, and the cost of the papers' number of texts."""
     result = next(r for r in load() if r["method"] == "GDC++")
     a_day = 86_400 * result["batch_size"] / result["seconds_a_step"]
     # A token: 2 operations a weight to draw, 2 to score under the base, 6 forward and backward.
@@ -124,7 +124,7 @@ def outlook() -> str:
 
 
 def texts(n: int = 2) -> str:
-    """Texts of GDC++ before and after, from the same random numbers."""
+    """Return texts of GDC++ before and after, drawn with the same random numbers."""
     lines = ["| task | base | GDC++ |", "|---|---|---|"]
     for result in load():
         if result["method"] == "GDC++":
@@ -135,7 +135,7 @@ def texts(n: int = 2) -> str:
 
 
 def draw() -> Any:
-    """KL(p‖π) against texts and seconds, and the moments, a column a task; 95 % intervals."""
+    """Draw KL(p‖π) against texts and seconds, and the moments, a column a task."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(3, len(TASKS), figsize=(11, 8.5), layout="constrained")
@@ -144,7 +144,7 @@ def draw() -> Any:
         for result in load():
             if result["task"] != task.stem:
                 continue
-            ((moment, target),) = asked(result).items()
+            ((moment, target),) = requested(result).items()
             samples, seconds = (
                 [point[key] for point in result["curve"]] for key in ("samples", "seconds")
             )
@@ -205,7 +205,7 @@ def _size(result: Result) -> str:
 
 
 def main() -> None:
-    """Draws the figure."""
+    """Draw the figure."""
     path = tables.RESULTS / "smollm2.png"
     draw().savefig(path, dpi=110)
     print(path)

@@ -42,7 +42,7 @@ NOT_DIAGNOSED = "trainer.diagnose_every=null"
 
 
 def cells() -> list[tuple[Path, str]]:
-    """All runs: LoRA on the distributional task alone."""
+    """Return all runs: LoRA on the distributional task alone."""
     every = [(task, method) for method in OWN_METHODS for task in TASKS]
     return [(task, method) for task, method in every if "LoRA" not in method or task == TASKS[-1]]
 

@@ -1,4 +1,4 @@
-"""Read and write the tables in `results/`: a few CSV files a benchmark, and what made each.
+"""Read and write the tables in `results/`: a few CSV files a benchmark, and their facts.
 
 `results/made_by.json` holds, for each table, the command, commit, hardware, versions and settings.
 A run of a benchmark that takes hours is first a JSON file in `raw/`, which git ignores;
@@ -27,7 +27,7 @@ def read(name: str) -> pd.DataFrame:
 
 
 def read_facts(name: str) -> dict[str, Any]:
-    """Return what made a table: command, commit, hardware, versions, settings."""
+    """Return the facts of a table: command, commit, hardware, versions, settings."""
     facts: dict[str, Any] = json.loads(MADE_BY.read_text(encoding="utf-8"))[name]
     return facts
 
@@ -35,7 +35,7 @@ def read_facts(name: str) -> dict[str, Any]:
 def write(
     name: str, rows: pd.DataFrame, facts: Mapping[str, Any] | None = None, digits: int = 9
 ) -> None:
-    """Replace a table, and the facts about it where there are new ones."""
+    """Replace a table, and its facts if new ones are given."""
     text = rows.convert_dtypes().to_csv(index=False, float_format=f"%.{digits}g")
     storage.write_text(RESULTS / f"{name}.csv", text)
     if facts is not None:

