@@ -19,7 +19,11 @@ MOVED: dict[str, tuple[str, ...]] = {
     "dmgen.ebm": ("dmgen.target.ebm",),
     "dmgen.exact": ("dmgen.target.exact",),
     "dmgen.factor": ("dmgen.target.factor",),
-    "dmgen.features.classifiers": ("dmgen.features.classifier",),
+    "dmgen.features.classifiers": (
+        "dmgen.features.classifier",
+        "dmgen.features.classifier_head",
+        "dmgen.features.classifier_fit",
+    ),
     "dmgen.features.interop": (
         "dmgen.features.rewards",
         "dmgen.features.pipeline",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, overload
 
@@ -22,17 +22,23 @@ class FeatureError(ValueError):
 class Feature:
     """A named function from texts to numbers; made by `feature`.
 
-    Two features are equal when all fields are, and are told apart on disk by `name` alone.
+    Two features are equal when all fields that compute something are: phrase, noun and config only
+    describe the feature, and equality ignores them.
 
     Args:
         fn: `fn(text)`, or `fn(texts)` if batched; with the prompt(s) as second argument if
             `with_prompt`. It must be deterministic: values are cached by text.
-        name: what tables, metrics and checkpoints call it; not empty, one line.
+        name: the feature's name in tables, metrics and checkpoints; not empty, one line.
         batched: fn takes a list of texts and returns as many values, in their order.
-        with_prompt: fn also reads the prompt (said here, never guessed from the signature).
-        binary: True if the values can only be 0 or 1 (enforced), False if they are meant as
-            numbers, None if that is to be seen from what fn returns (`evaluate`).
-        pattern: where given, the matches that made the feature fire, so a report can mark them.
+        with_prompt: fn also reads the prompt (declared here, never guessed from the signature).
+        binary: True if the values can only be 0 or 1 (enforced), False if they are numbers, None
+            if the values that fn returns decide (`evaluate`).
+        pattern: regular expression whose matches make the feature hold, which a report marks.
+        phrase: predicate of one text and of several, ("mentions sports", "mention sports"), from
+            which a report makes sentences; None for "has NAME" and "have NAME".
+        noun: the quantity of a feature that is a number, "length in words"; None for its name.
+        config: YAML form, `{"wordlist": "sports"}`, which `features.from_config` reads; None for a
+            feature that exists only in Python.
 
     Raises:
         TypeError: if a field has the wrong type.
@@ -45,6 +51,9 @@ class Feature:
     with_prompt: bool = False
     binary: bool | None = None
     pattern: re.Pattern[str] | None = None
+    phrase: tuple[str, str] | None = field(default=None, compare=False)
+    noun: str | None = field(default=None, compare=False)
+    config: Mapping[str, Any] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         if not callable(self.fn) or isinstance(self.fn, Feature):
@@ -58,6 +67,11 @@ class Feature:
                 raise TypeError(f"{flag} must be True or False, got {getattr(self, flag)!r}")
         if self.binary is not None and not isinstance(self.binary, bool):
             raise TypeError(f"binary must be True, False or None, got {self.binary!r}")
+        if self.phrase is not None and [type(part) for part in self.phrase] != [str, str]:
+            raise TypeError(
+                "phrase must be the predicate of one text and of several, such as "
+                f'("mentions sports", "mention sports"), got {self.phrase!r}'
+            )
 
     def __call__(self, texts: Sequence[str], prompts: Sequence[str] | None = None) -> Tensor:
         """Return the feature's values, float64 `(N,)`; see `evaluate` for arguments and errors."""
@@ -68,21 +82,21 @@ class Feature:
     ) -> tuple[Tensor, bool]:
         """Return the values and whether they are binary.
 
-        A feature itself never changes, so whether it is binary is part of each answer: true if it
-        was declared so, or if it was left open and every value of this call was a bool.
+        A feature itself never changes, so each result states whether it is binary: true if declared
+        so, or if undeclared and every value of this call was a bool.
 
         Args:
             texts: N texts.
             prompts: the N prompts they continue; needed only by a feature that reads them.
 
         Returns:
-            (values, binary): float64 `(N,)`, finite; binary is False for no texts, if left open.
+            (values, binary): float64 `(N,)`, finite; binary is False for no texts, if undeclared.
 
         Raises:
-            TypeError: if texts is a single string or holds something else than strings.
-            ValueError: if there are not as many prompts as texts, or none where they are read.
-            FeatureError: if fn raises, returns something else than finite numbers (0 or 1 if
-                binary was declared), or a batched fn returns the wrong number of values.
+            TypeError: if texts is a single string or holds something other than strings.
+            ValueError: if the numbers of prompts and texts differ, or prompts are missing.
+            FeatureError: if fn raises, returns something other than finite numbers (0 or 1 if
+                declared binary), or a batched fn returns the wrong number of values.
         """
         texts = _strings(texts, "texts")
         arguments: list[list[str]] = [texts]
@@ -100,8 +114,8 @@ class Feature:
         if self.binary:
             for bad in np.flatnonzero((values != 0) & (values != 1))[:1]:
                 raise self._error(f"is declared binary but returned {values[bad]:g}", texts[bad])
-        seen_binary = all_bool and bool(texts)
-        return torch.from_numpy(values), seen_binary if self.binary is None else self.binary
+        binary = all_bool and bool(texts) if self.binary is None else self.binary
+        return torch.from_numpy(values), binary
 
     def spans(self, text: str) -> list[tuple[int, int]]:
         """Return (start, end) of each match of `pattern` in text; none without a pattern."""
@@ -179,7 +193,7 @@ def feature(
 
     Args:
         fn: `fn(text) -> bool or number`.
-        name: its name; a function made with `def` has one already, a lambda needs one.
+        name: its name; None for that of a function made with `def` (a lambda has none).
         batched: `fn(texts) -> sequence, array or tensor` of as many values.
         with_prompt: `fn(text, prompt)`, or `fn(texts, prompts)` if batched.
         binary: declare the values 0/1 (True) or numbers (False); None: binary if fn returns bools.

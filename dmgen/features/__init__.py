@@ -1,7 +1,9 @@
-"""Ready-made features, a family a file; any other is `dmgen.feature(function, name=...)`."""
+"""Ready-made features, one file for each family; `dmgen.feature` makes any other one."""
 
-from dmgen.features.classifier import ClassifierHead, classifier, fit_classifier
-from dmgen.features.config import from_config
+from dmgen.features.classifier import classifier
+from dmgen.features.classifier_fit import fit_classifier
+from dmgen.features.classifier_head import ClassifierHead
+from dmgen.features.config import constraint_from_config, from_config
 from dmgen.features.estimator import from_estimator
 from dmgen.features.gender import gender, gender_gdc
 from dmgen.features.length import length
@@ -14,6 +16,7 @@ from dmgen.features.wordlist import regex, word, wordlist
 __all__ = [
     "ClassifierHead",
     "classifier",
+    "constraint_from_config",
     "fit_classifier",
     "from_config",
     "from_estimator",

@@ -1,4 +1,4 @@
-"""The decision that all classifiers share: does a text have the label that is asked for?"""
+"""The decision that all classifiers share: whether a text has the wanted label."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dmgen.constraints.feature import Feature
 
-__all__ = ["Threshold", "Wanted", "label_name", "wanted"]
+__all__ = ["Threshold", "Wanted", "check_threshold", "label_name", "labelled", "several", "wanted"]
 
 # "argmax": the most probable label is wanted; a number: P(wanted) reaches it; None: P itself.
 Threshold = float | Literal["argmax"] | None
@@ -21,18 +21,18 @@ _SUM_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which columns of a table of label scores are wanted, and when they are won."""
+    """The wanted columns of a table of label scores, and the threshold that they must reach."""
 
     columns: tuple[int, ...]
     threshold: Threshold
 
     @property
     def binary(self) -> bool:
-        """Whether the answer is yes or no, not a probability."""
+        """Whether the decision is yes or no, not a probability."""
         return self.threshold is not None
 
     def __call__(self, scores: Tensor) -> Tensor:
-        """The answer for each text, `(N,)`: bool, or float64 if there is no threshold.
+        """Return the decision for each text, `(N,)`: bool, or float64 without a threshold.
 
         Args:
             scores: probability of each label, `(N, C)`.
@@ -56,19 +56,19 @@ class Wanted:
 
 
 def wanted(label: object, known: Sequence[object], threshold: Threshold) -> Wanted:
-    """The decision for one label, or for several as a list, tuple or set.
+    """Return the decision for one label, or for several as a list, tuple or set.
 
     Args:
-        label: what a text must be.
-        known: the labels that the classifier tells apart, in the order of its scores.
+        label: the wanted label or labels.
+        known: the labels of the classifier, in the order of its scores.
         threshold: as in `Threshold`, a number in (0, 1].
 
     Raises:
         TypeError: threshold is of none of the three kinds.
-        ValueError: a label is not known or is one of two of that name, none or every one is
-            wanted, or threshold is out of range.
+        ValueError: a label is unknown or occurs twice in known, none or every one is wanted, or
+            threshold is out of range.
     """
-    labels = _several(label)
+    labels = several(label)
     for one in labels:
         if known.count(one) != 1:
             twice = "twice " if one in known else ""
@@ -77,8 +77,8 @@ def wanted(label: object, known: Sequence[object], threshold: Threshold) -> Want
                 f"{', '.join(map(repr, known))}"
             )
     columns = tuple(sorted({known.index(one) for one in labels}))
-    _check_threshold(threshold)
-    # A single score that is compared with a threshold, or taken as it is, says something.
+    check_threshold(threshold)
+    # A classifier with a single score, a number of its own, may want every label it has.
     if not columns or (len(columns) == len(known) and (len(known) > 1 or threshold == "argmax")):
         raise ValueError(
             f"label {label!r} is {'every' if columns else 'no'} label of the classifier, so all "
@@ -88,17 +88,24 @@ def wanted(label: object, known: Sequence[object], threshold: Threshold) -> Want
 
 
 def label_name(label: object) -> str:
-    """What a feature is called after its label: "positive", "positive or very positive"."""
-    return " or ".join(map(str, _several(label)))
+    """Return the name of a feature after its label: "positive", "positive or very positive"."""
+    return " or ".join(map(str, several(label)))
 
 
-def _several(label: object) -> list[object]:
+def several(label: object) -> list[object]:
+    """Return one label, or several as a list, tuple or set, as a list; a set in order of text."""
     if isinstance(label, set | frozenset):
         return sorted(label, key=str)
     return list(label) if isinstance(label, list | tuple) else [label]
 
 
-def _check_threshold(threshold: object) -> None:
+def check_threshold(threshold: object) -> None:
+    """Refuse a threshold that is not one.
+
+    Raises:
+        TypeError: it is neither "argmax", a number nor None.
+        ValueError: it is a number outside (0, 1].
+    """
     if threshold is None or threshold == "argmax":
         return
     if not isinstance(threshold, int | float) or isinstance(threshold, bool):

@@ -1,10 +1,12 @@
-"""How long a text is."""
+"""The length of a text as a feature."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from dmgen.constraints.feature import Feature
+from dmgen.features.yaml_form import yaml_form
+from dmgen.validation import check_known
 
 __all__ = ["length"]
 
@@ -19,11 +21,15 @@ def length(unit: str = "words") -> Feature:
     Raises:
         ValueError: if unit is neither.
     """
-    if unit == "words":
-        return Feature(_words, "length", batched=True, binary=False)
-    if unit == "characters":
-        return Feature(_characters, "length_characters", batched=True, binary=False)
-    raise ValueError(f"unknown unit {unit!r}; there are words, characters")
+    check_known(unit, ("words", "characters"), "unit")
+    return Feature(
+        _words if unit == "words" else _characters,
+        "length" if unit == "words" else "length_characters",
+        batched=True,
+        binary=False,
+        noun=f"length in {unit}",
+        config=yaml_form("length", unit=unit),
+    )
 
 
 def _words(texts: Sequence[str]) -> list[int]:

@@ -1,4 +1,4 @@
-"""How easy a text is to read, by the length of its sentences and words."""
+"""The reading ease of a text, by the length of its sentences and words."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from numbers import Real
 from typing import Any
 
 from dmgen.constraints.feature import Feature
+from dmgen.features.yaml_form import yaml_form
+from dmgen.validation import check_number
 
 __all__ = ["n_sentences", "n_syllables", "readability"]
 
@@ -62,26 +63,25 @@ def readability(
 
     `206.835 − 1.015 words / sentences − 84.6 syllables / words`
 
-    Plain English has 60 to 70, a scientific paper less than 30; children's books exceed 90. It is
-    made for English. A text without words has 0 and lies within no bounds. What `n_sentences` and
-    `n_syllables` count is said there; a number in digits is no word.
+    Plain English has 60 to 70, a scientific paper less than 30; children's books exceed 90. The
+    formula is made for English. A text without words has 0 and lies within no bounds. Sentences
+    and syllables are those of `n_sentences` and `n_syllables`; a number in digits is no word.
 
     Args:
-        minimum: the least reading ease, or None for no such bound.
+        minimum: the least reading ease, or None for no lower bound.
         maximum: the greatest, or None. With a bound the feature is binary, without it a number.
-        name: the feature's name; "readability", with the bounds, if not given.
+        name: the feature's name; None for "readability" with the bounds.
 
     Raises:
         TypeError: if a bound is not a number.
         ValueError: if a bound is not finite, or minimum is above maximum.
 
-    Source: Flesch (1948), A new readability yardstick, Journal of Applied Psychology 32(3).
+    Source:
+        Flesch (1948), A new readability yardstick, Journal of Applied Psychology 32(3).
     """
-    for bound in (minimum, maximum):
-        if bound is not None and (not isinstance(bound, Real) or isinstance(bound, bool)):
-            raise TypeError(f"a bound of the reading ease must be a number, got {bound!r}")
-        if bound is not None and not math.isfinite(bound):
-            raise ValueError(f"a bound of the reading ease must be finite, got {bound!r}")
+    what = "a bound of the reading ease"
+    minimum = None if minimum is None else check_number(what, minimum)
+    maximum = None if maximum is None else check_number(what, maximum)
     if minimum is not None and maximum is not None and minimum > maximum:
         raise ValueError(f"the minimum {minimum:g} is above the maximum {maximum:g}")
     bounds = "" if minimum is None else f" >= {minimum:g}"
@@ -91,15 +91,16 @@ def readability(
         f"readability{bounds}" if name is None else name,
         batched=True,
         binary=bool(bounds),
+        config=yaml_form("readability", minimum=minimum, maximum=maximum, name=name),
     )
 
 
 def n_sentences(text: str) -> int:
-    """Return how many sentences a text has, at least 1.
+    """Return the number of sentences in a text, at least 1.
 
     A sentence ends in `.`, `!`, `?` or an ellipsis before a blank or the end, unless a full stop
-    follows a single capital ("J. Smith") or a common abbreviation ("Dr."). What comes after the
-    last end counts too if it has a word: generated texts are often cut off.
+    follows a single capital ("J. Smith") or a common abbreviation ("Dr."). An unfinished sentence
+    at the end counts if it has a word: generated texts are often cut off.
     """
     ends = [
         match.end()
@@ -111,21 +112,22 @@ def n_sentences(text: str) -> int:
 
 
 def _before(text: str, match: re.Match[str]) -> str:
-    """The word before a match, and what is before that as far as it matters."""
+    """Return the last eight characters up to and with a match: an abbreviation and its border."""
     return text[max(0, match.start() - 8) : match.start()]
 
 
 @lru_cache(maxsize=50_000)
 def n_syllables(word: str) -> int:
-    """Return how many syllables an English word has, by rules, at least 1.
+    """Return the number of syllables in an English word, by rules, at least 1.
 
-    Groups of vowels, less silent endings (-e, -ed, -es), plus pairs of vowels that are spoken apart
-    (-ia-, -io-, ...); an accent keeps an ending from being silent. Of 154 words from biographies
-    that the rules were not written for it counts 149 right and the others wrong by one.
+    It is the number of groups of vowels, less silent endings (-e, -ed, -es), plus pairs of vowels
+    that are spoken apart (-ia-, -io-, ...); an accent keeps an ending from being silent. Of 154
+    words from biographies that did not serve to write the rules, it counts 149 right and the others
+    wrong by one.
     """
     word = unicodedata.normalize("NFC", word.lower()).replace("'", "").replace("’", "")
-    found = len(_VOWELS.findall(word)) + len(_APART.findall(word))
-    return max(1, found - (_SILENT.search(word) is not None))
+    n_vowels = len(_VOWELS.findall(word)) + len(_APART.findall(word))
+    return max(1, n_vowels - (_SILENT.search(word) is not None))
 
 
 def _reading_ease(text: str) -> float | None:

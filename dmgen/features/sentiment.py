@@ -1,4 +1,4 @@
-"""Whether a text is positive or negative in tone, by the rules and lexicon of VADER."""
+"""The tone of a text, positive or negative, by the rules and lexicon of VADER."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from importlib import import_module
 from typing import Any
 
 from dmgen.constraints.feature import Feature
+from dmgen.features.yaml_form import yaml_form
+from dmgen.validation import check_known
 
 __all__ = ["sentiment"]
 
@@ -30,12 +32,12 @@ class _Vader:
 
 
 def sentiment(kind: str) -> Feature:
-    """Return the feature "this text is positive (negative, neutral) in tone", or how much it is.
+    """Return the feature "this text is positive (negative, neutral) in tone", or the tone's score.
 
     VADER adds up the valence of a text's words, with rules for negation, intensity, punctuation and
     capitals, and scales the sum to the compound score in [-1, 1]. A text is positive at 0.05 or
-    more, negative at -0.05 or less, else neutral; so are a text without any valued word and the
-    empty one, at 0.
+    more, negative at -0.05 or less, else neutral. The empty text and one without a word of the
+    lexicon score 0.
 
     Args:
         kind: "positive", "negative" or "neutral", also the feature's name; or "compound" for the
@@ -45,14 +47,22 @@ def sentiment(kind: str) -> Feature:
         ImportError: the package vaderSentiment is not installed.
         ValueError: if kind is none of these.
 
-    Source: Hutto, Gilbert (2014), VADER: a parsimonious rule-based model for sentiment analysis of
-    social media text, ICWSM.
+    Source:
+        Hutto, Gilbert (2014), VADER: a parsimonious rule-based model for sentiment analysis of
+        social media text, ICWSM.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"unknown sentiment {kind!r}; there are {', '.join(_KINDS)}")
+    check_known(kind, _KINDS, "sentiment")
     _analyzer()
     binary = kind != "compound"
-    return Feature(_Vader(kind), kind if binary else "sentiment", batched=True, binary=binary)
+    return Feature(
+        _Vader(kind),
+        kind if binary else "sentiment",
+        batched=True,
+        binary=binary,
+        phrase=(f"has sentiment {kind}", f"have sentiment {kind}"),
+        noun=f"sentiment {kind}",
+        config=yaml_form("sentiment", kind=kind),
+    )
 
 
 def _verdict(compound: float) -> str:

@@ -1,4 +1,4 @@
-"""Features that ask whether a text contains some words or a pattern."""
+"""Features that hold where a text contains some words or matches a pattern."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from itertools import groupby
+from typing import Any
 
 from dmgen.constraints.feature import Feature
+from dmgen.features.yaml_form import yaml_form
+from dmgen.validation import check_known
 
 __all__ = ["regex", "word", "wordlist"]
 
@@ -18,8 +21,8 @@ __all__ = ["regex", "word", "wordlist"]
 @dataclass(frozen=True)
 class _Contains:
     pattern: re.Pattern[str]
-    # Whether accents that are signs of their own are joined with their letters first: such a sign
-    # is no part of a word to a pattern.
+    # Whether combining accents are joined with their letters first: to a pattern, such an accent
+    # is no part of a word.
     composed: bool = False
 
     def __call__(self, texts: Sequence[str]) -> list[bool]:
@@ -41,7 +44,7 @@ def wordlist(
 
     Args:
         words: the name of one of these lexicons, or words and phrases of your own.
-        name: the feature's name; a lexicon has its own, a list of your own needs one.
+        name: the feature's name; None for that of a lexicon. A list of your own needs one.
         case_sensitive: whether case must agree.
 
     Raises:
@@ -49,15 +52,24 @@ def wordlist(
         ValueError: if there is no such lexicon, the list is empty or has a blank entry (it would
             match every text), or a list of your own has no name.
     """
+    argument: Any = words
+    phrase = None
     if isinstance(words, str):
-        entries, name = _lexicon(words), words if name is None else name
+        entries = _lexicon(words)
+        phrase = (f"mentions {words}", f"mention {words}") if name is None else None
     elif name is None:
         raise ValueError("a word list of your own needs a name: wordlist(words, name=...)")
     elif isinstance(words, Iterable):
-        entries = tuple(words)
+        entries = argument = tuple(words)
     else:
         raise TypeError(f"words must be a lexicon's name or a list of words, got {words!r}")
-    return _contains(_whole_words(entries, case_sensitive), name, composed=True)
+    return _contains(
+        _whole_words(entries, case_sensitive),
+        str(words) if name is None else name,
+        composed=True,
+        phrase=phrase,
+        config=yaml_form("wordlist", words=argument, name=name, case_sensitive=case_sensitive),
+    )
 
 
 def word(text: str, *, name: str | None = None, case_sensitive: bool = False) -> Feature:
@@ -65,7 +77,7 @@ def word(text: str, *, name: str | None = None, case_sensitive: bool = False) ->
 
     Args:
         text: the word.
-        name: the feature's name; the word itself if not given.
+        name: the feature's name; None for the word itself.
         case_sensitive: whether case must agree ("US" and "us"; the GDC papers say yes).
 
     Raises:
@@ -73,15 +85,22 @@ def word(text: str, *, name: str | None = None, case_sensitive: bool = False) ->
         ValueError: if it is blank.
     """
     pattern = _whole_words((text,), case_sensitive)
-    return _contains(pattern, text if name is None else name, composed=True)
+    return _contains(
+        pattern,
+        text if name is None else name,
+        composed=True,
+        phrase=(f"contains “{text}”", f"contain “{text}”") if name is None else None,
+        config=yaml_form("word", text=text, name=name, case_sensitive=case_sensitive),
+    )
 
 
 def regex(pattern: str | re.Pattern[str], *, name: str | None = None) -> Feature:
     """Return the feature "the pattern is found somewhere in the text".
 
     Args:
-        pattern: of Python's `re`, compiled or not; case counts unless it says otherwise ("(?i)").
-        name: the feature's name; the pattern itself if not given.
+        pattern: of Python's `re`, compiled or not; case counts unless it contains "(?i)". One that
+            was compiled with flags outside its text has no YAML form.
+        name: the feature's name; None for the pattern itself.
 
     Raises:
         TypeError: if the pattern is not one of strings.
@@ -94,12 +113,21 @@ def regex(pattern: str | re.Pattern[str], *, name: str | None = None) -> Feature
         compiled = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"{source!r} is no regular expression: {error}") from error
-    return _contains(compiled, source if name is None else name)
+    return _contains(
+        compiled,
+        source if name is None else name,
+        phrase=(f"matches {source}", f"match {source}") if name is None else None,
+        config=yaml_form("regex", pattern=source, name=name)
+        if re.compile(source) == compiled
+        else None,
+    )
 
 
-def _contains(pattern: re.Pattern[str], name: str, *, composed: bool = False) -> Feature:
-    ask = _Contains(pattern, composed)
-    return Feature(ask, name, batched=True, binary=True, pattern=pattern)
+def _contains(
+    pattern: re.Pattern[str], name: str, *, composed: bool = False, **words: Any
+) -> Feature:
+    contains = _Contains(pattern, composed)
+    return Feature(contains, name, batched=True, binary=True, pattern=pattern, **words)
 
 
 @cache
@@ -109,8 +137,7 @@ def _lexicon(name: str) -> tuple[str, ...]:
         for path in (files(__package__) / "lexicons").iterdir()
         if path.name.endswith(".txt")
     }
-    if name not in lexicons:
-        raise ValueError(f"unknown lexicon {name!r}; there are {', '.join(sorted(lexicons))}")
+    check_known(name, sorted(lexicons), "lexicon")
     return tuple(lexicons[name].read_text(encoding="utf-8").splitlines())
 
 

@@ -12,7 +12,7 @@ from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.constraints.feature import FeatureError
 from dmgen.estimates.score import Score
 from dmgen.features import ClassifierHead
-from dmgen.features.classifier import _MAX_GRADIENT
+from dmgen.features.classifier_fit import MAX_GRADIENT
 from dmgen.target.ebm import EBM
 
 TEXTS = ["", "a", "ab", "abc", "cab", "bbbb", "aac", "c", "ccaab", "b", "ba", "acca"]
@@ -73,9 +73,9 @@ def test_the_fit_is_the_optimum_of_its_objective():
         return torch.cat([weight.grad.ravel(), bias.grad]).abs().max().item()
 
     # The test computes z in another order: 1e-12 for the last digits.
-    assert steepest(found.weight, found.bias) <= _MAX_GRADIENT + 1e-12
-    assert steepest(found.weight * 1.001, found.bias) > 10 * _MAX_GRADIENT
-    assert steepest(found.weight, found.bias + torch.tensor([1e-3, 0, 0])) > 10 * _MAX_GRADIENT
+    assert steepest(found.weight, found.bias) <= MAX_GRADIENT + 1e-12
+    assert steepest(found.weight * 1.001, found.bias) > 10 * MAX_GRADIENT
+    assert steepest(found.weight, found.bias + torch.tensor([1e-3, 0, 0])) > 10 * MAX_GRADIENT
 
 
 def test_with_one_binary_dimension_it_finds_the_frequencies():
@@ -94,7 +94,7 @@ def test_with_one_binary_dimension_it_finds_the_frequencies():
     # Stationarity: with the gaps e_x, e_y of p to the shares, 0.4 e_x + 0.6 e_y and
     # 0.4 z_x e_x + 0.6 z_y e_y are at most g = 1e-6 + l2 |W|; z = ±sqrt(odds), so with
     # z_x − z_y = 1 / sqrt(0.24) each gap is at most g (1 + |z|) sqrt(0.24) / 0.4 < 3 g.
-    g = _MAX_GRADIENT + l2 * found.weight.abs().max().item()
+    g = MAX_GRADIENT + l2 * found.weight.abs().max().item()
     torch.testing.assert_close(p, expected, rtol=0, atol=3 * g)
     assert found.test_accuracy.value == 0.0  # the new text is like those that are "yes"
 
