@@ -6,19 +6,22 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from dmgen import models
 from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.experiment.config import RunConfig, absolute_path
-from dmgen.models.causal_lm import CausalLM
 from dmgen.models.protocols import LanguageModel
 from dmgen.target.ebm import EBM
 from dmgen.target.fit import TargetFit
 from dmgen.training.methods import METHODS
 from dmgen.training.trainer import Trainer
+
+if TYPE_CHECKING:
+    from dmgen.models.causal_lm import CausalLM
 
 __all__ = [
     "build_constraints",
@@ -41,7 +44,7 @@ def load_model(name: str | Path, config: RunConfig) -> CausalLM:
     """
     if (config.device or "").startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"there is no device {config.device!r} here: torch sees no CUDA; try cpu")
-    return CausalLM.from_pretrained(
+    return models.CausalLM.from_pretrained(
         name, device=config.device, dtype=config.dtype, max_new_tokens=config.max_new_tokens
     )
 
@@ -83,7 +86,7 @@ def build_constraints(
     """
 
     def embed(name: str) -> Callable[[Sequence[str]], Tensor]:
-        if isinstance(base, CausalLM) and absolute_path(name) == absolute_path(config.base):
+        if isinstance(base, models.CausalLM) and absolute_path(name) == absolute_path(config.base):
             return base.embed
         return _embedder(config.device, config.dtype, name)
 
@@ -98,7 +101,7 @@ def _embedder(
 
     In float32 it could cost more than a step in bfloat16.
     """
-    return CausalLM.from_pretrained(name, device=device, dtype=dtype).embed
+    return models.CausalLM.from_pretrained(name, device=device, dtype=dtype).embed
 
 
 def fit_draw(config: RunConfig) -> dict[str, Any]:
