@@ -30,8 +30,16 @@ if TYPE_CHECKING:
     from dmgen.target.ebm import EBM
     from dmgen.target.moments import MomentFit, MomentsUnreachable
     from dmgen.training.config import TrainerConfig
-    from dmgen.training.kl_control import KLControl
-    from dmgen.training.methods import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
+    from dmgen.training.methods import (
+        DPG,
+        FDPG,
+        GDC,
+        GDCpp,
+        KLControl,
+        Reinforce,
+        ReinforceP,
+        VarGrad,
+    )
 
 __version__ = "0.2.0"
 
@@ -55,9 +63,8 @@ _HOMES = {
     "dmgen.target.ebm": ("EBM",),
     "dmgen.target.moments": ("MomentFit", "MomentsUnreachable"),
     "dmgen.training.config": ("TrainerConfig",),
-    "dmgen.training.kl_control": ("KLControl",),
     "dmgen.training.methods": (
-        "DPG", "FDPG", "GDC", "GDCpp", "Reinforce", "ReinforceP", "VarGrad",
+        "DPG", "FDPG", "GDC", "GDCpp", "KLControl", "Reinforce", "ReinforceP", "VarGrad",
     ),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -17,7 +17,7 @@ from dmgen.features.classifier_head import Embed
 from dmgen.features.config import CONSTRAINT_FORMS, CONSTRAINT_KEYS
 from dmgen.target import factor
 from dmgen.training.config import TrainerConfig
-from dmgen.training.methods import METHODS
+from dmgen.training.methods import METHODS, make_objective
 from dmgen.validation import check_choice, check_integer, check_known, check_number
 
 __all__ = [
@@ -152,9 +152,9 @@ class RunConfig:
             raise ValueError('base must name a model: "tiny-bios", a folder, or a hub id')
         check_integer("max_new_tokens", self.max_new_tokens, least=1)
         check_integer("n_steps", self.n_steps, least=1)
-        check_choice("method", self.method, METHODS)
         check_choice("dtype", self.dtype, (None, *DTYPES))
         _check_device(self.device)
+        check_choice("method", self.method, METHODS)
         _check_method(self)
         if self.trainer.first_batches_from_fit and self.fit.n_samples < self.trainer.batch_size:
             raise ValueError(
@@ -271,7 +271,7 @@ def _check_method(config: RunConfig) -> None:
     """Raise if the method refuses its options, the trainer's settings or the constraints."""
     options = config.method_options
     yaml_config.need_mapping(options, "method_options")
-    objective = METHODS[config.method].objective_of(**options)
+    objective = make_objective(config.method, options)
     objective.check(config.trainer)
     hard = [c.name for c in config.build_constraints() if _is_hard(c)]
     if hard and objective.needs_support:

@@ -309,7 +309,7 @@ def _measure(
     pairs = _draw_pairs(target.base, policy, config)
     storage.write_rows(out / "samples.jsonl", [asdict(pair) for pair in pairs])
     tell(TextsCompared(pairs))
-    run_folder.append_evaluation(out, step, evaluation, final=True)
+    run_folder.append_evaluation(out, step, evaluation, final=True, seed=config.evaluate.seed)
 
 
 def _resume(trainer: Trainer, config: RunConfig, out: Path) -> None:

@@ -1,8 +1,18 @@
 """Training: fit a policy to a target."""
 
 from dmgen.training.config import TrainerConfig
-from dmgen.training.kl_control import KLControl
-from dmgen.training.methods import DPG, FDPG, GDC, GDCpp, Reinforce, ReinforceP, VarGrad
+from dmgen.training.methods import (
+    DPG,
+    FDPG,
+    GDC,
+    GDCpp,
+    KLControl,
+    Reinforce,
+    ReinforceP,
+    VarGrad,
+)
+from dmgen.training.objective import Objective
+from dmgen.training.trainer import Trainer
 
 __all__ = [
     "DPG",
@@ -10,8 +20,10 @@ __all__ = [
     "GDC",
     "GDCpp",
     "KLControl",
+    "Objective",
     "Reinforce",
     "ReinforceP",
+    "Trainer",
     "TrainerConfig",
     "VarGrad",
 ]

@@ -1,149 +1,135 @@
-"""All that a run needs to go on as if it had never stopped: safetensors and JSON."""
+"""Checkpoints: the whole `TrainState` of a run as safetensors and JSON."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from dmgen.estimates.running_z import ZPool
+from dmgen.estimates.f_divergence import f_divergence
 from dmgen.training import run_folder
-from dmgen.training.proposal import copy_in_one_block
+from dmgen.training.config import TrainerConfig
+from dmgen.training.setup import Setup
+from dmgen.training.state import TrainState, tensors_of
 
-if TYPE_CHECKING:
-    from dmgen.training.trainer import Trainer
+__all__ = ["load", "save"]
+
+_FORMAT = 2
 
 
-def save(sampler: Trainer, folder: Path) -> None:
-    """Writes a checkpoint of `sampler` into a run folder, atomically."""
-    tensors = {f"policy.{k}": v for k, v in sampler.policy.state_dict().items()}
-    if sampler.proposal is not sampler.first_proposal:
-        tensors |= {f"proposal.{k}": v for k, v in sampler.proposal.state_dict().items()}
-    tensors |= {f"average.{k}": v for k, v in sampler.average.weights.items()}
-    for i, state in sampler.optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    tensors["since_change"] = sampler.comparison.seen
-    tensors |= {f"own.{k}": v for k, v in sampler.own_state.items()}
-    tensors["generator"] = sampler.generator.get_state()
+def save(state: TrainState, setup: Setup, folder: Path) -> None:
+    """Write a checkpoint into a run folder, atomically."""
+    saved = state.state_dict()
+    # Tensors go into one file, everything else into the other.
+    plain = {k: v for k, v in saved.items() if not isinstance(v, Tensor | dict) or k in _VALUES}
     facts = {
-        "sampler": type(sampler).__name__,
-        "divergence": sampler.divergence,
-        "config": asdict(sampler.config),
-        "micro_batch": [_device(sampler), sampler.micro_batch_size],
-        "own_proposal": _has_own_proposal(sampler),
-        "target": sampler.target.to_dict(),
-        "step": sampler.step,
-        "samples": sampler.n_drawn,
-        "seconds": sampler.seconds,
-        "rate": sampler.rate,
-        "z": asdict(sampler.z),
-        "z_before": asdict(sampler.z_before),
-        "z_round": asdict(sampler.z_round),
-        "history": sampler.history,
+        "format": _FORMAT,
+        "run": _identity(setup),
+        "config": _settings(setup.config),
+        "device": _device(state),
+        "state": plain,
     }
-    run_folder.save_checkpoint(folder, sampler.step, tensors, facts)
+    tensors = dict(tensors_of({k: v for k, v in saved.items() if k not in plain}))
+    run_folder.save_checkpoint(folder, state.step, tensors, facts)
 
 
-def load(sampler: Trainer, folder: Path) -> None:
-    """Fills `sampler` and its policy, in place, from the last checkpoint of a run.
+# Fields that are values of numbers alone.
+_VALUES = {"z", "z_before", "z_round", "health"}
 
-    The policy is then what `train` left: with averaged weights, if they are kept.
+
+def load(state: TrainState, setup: Setup, folder: Path) -> None:
+    """Fill a state and its policy, in place, from the last checkpoint of a run folder.
 
     Raises:
-        ValueError: there is no checkpoint, or it belongs to another method, divergence, target,
-            optimizer, proposal rule, seed, proposal or policy; the sampler is as it was.
+        ValueError: there is no checkpoint, or it belongs to another objective, target, optimizer,
+            proposal rule, seed, proposal or policy; the state is as it was.
     """
     tensors, facts = run_folder.load_checkpoint(folder)
-    _refuse_other_run(sampler, facts, folder)
-    groups = _by_prefix(tensors)
-    own = groups.get("own", {})
-    if own.keys() != sampler.own_state.keys():
+    if "format" not in facts:
+        tensors, facts = _from_version_0_1(tensors, facts)
+    _refuse_other_run(facts["run"], setup, folder)
+    saved = {f.name: facts["state"].get(f.name, {}) for f in fields(state)} | _nested(tensors)
+    if saved["objective"].keys() - state.objective.keys():
         raise ValueError(
-            f"the checkpoint in {folder} holds {sorted(own)} of the method's own, not "
-            f"{sorted(sampler.own_state)}: make the sampler with the options it was trained with"
+            f"the checkpoint in {folder} holds {sorted(saved['objective'])} of the objective's "
+            f"own, not {sorted(state.objective)}: make the trainer with the options it was trained "
+            "with"
         )
-    _refuse_other_policy(groups["policy"], sampler.policy.state_dict(), folder)
-    with torch.no_grad():
-        for name, value in own.items():
-            sampler.own_state[name].copy_(value)
-    sampler.policy.load_state_dict(groups["policy"])
-    sampler.proposal = sampler.first_proposal
-    if "proposal" in groups:
-        sampler.proposal = copy_in_one_block(sampler.policy)
-        sampler.proposal.load_state_dict(groups["proposal"])
-    own_weights = sampler.policy.state_dict()
-    average = groups.get("average", {})
-    # What is kept is copied: one tensor of the file would keep all of it in memory.
-    sampler.average.load({k: v.to(own_weights[k], copy=True) for k, v in average.items()})
-    state: dict[int, dict[str, Tensor]] = {}
-    for name, value in groups.get("optimizer", {}).items():
-        i, key = name.split(".")
-        state.setdefault(int(i), {})[key] = value.clone()
-    sampler.optimizer.load_state_dict(
-        {"state": state, "param_groups": sampler.optimizer.state_dict()["param_groups"]}
-    )
-    # A checkpoint of an older version leaves it out where it is empty.
-    sampler.comparison.clear()
-    sampler.comparison.seen = tensors.get("since_change", sampler.comparison.seen).clone()
-    sampler.generator.set_state(tensors["generator"])
-    sampler.step, sampler.n_drawn = facts["step"], facts["samples"]
-    sampler.seconds = facts["seconds"]
-    if sampler.config.learning_rate == "auto":
-        sampler.rate = facts["rate"]
-    for name in ("z", "z_before", "z_round"):
-        setattr(sampler, name, ZPool(**facts[name]))
-    sampler.history = facts["history"]
+    _refuse_other_policy(saved["policy"], state.policy.state_dict(), folder)
+    # How the run goes on may change: its settings overrule the checkpoint.
+    if setup.config.learning_rate != "auto":
+        saved["rate"] = state.rate
+    if setup.config.average_decay is None:
+        saved["average"] = {}
     # Sums over other micro-batches would differ in their last bits; only a CPU promises those.
-    device, size = facts.get("micro_batch", (None, None))
-    if sampler.config.micro_batch_size is None and device == _device(sampler) == "cpu":
-        sampler.micro_batch_size = size
-    sampler.average.show()
+    if setup.config.micro_batch_size or not facts["device"] == _device(state) == "cpu":
+        saved["micro_batch_size"] = state.micro_batch_size
+    saved["average_shown"] = False
+    state.load_state_dict(saved)
 
 
-def _device(sampler: Trainer) -> str:
-    """Where the policy computes."""
-    return str(sampler.parameters[0].device.type)
+def _identity(setup: Setup) -> dict[str, Any]:
+    """Return what a resumed run must have in common with the run in its checkpoint."""
+    first = setup.first_proposal
+    facts = setup.objective.identity() | {
+        "target": setup.target.to_dict(),
+        "optimizer": setup.config.optimizer,
+        "proposal_rule": setup.proposal_rule,
+        "seed": setup.config.seed,
+        "own_proposal": first is not setup.target.base and setup.proposal_rule != "policy",
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(facts))
+    return plain
 
 
-def _refuse_other_run(sampler: Trainer, facts: dict[str, Any], folder: Path) -> None:
-    settings = facts["config"]
-    given = _has_own_proposal(sampler)
-    if facts.get("own_proposal", given) != given:
-        had, has = ("had", "has not") if facts["own_proposal"] else ("had no", "has one")
+def _settings(config: TrainerConfig) -> dict[str, Any]:
+    """Return the settings in plain values; a baseline of the user's own by its name."""
+    return asdict(config) | {"baseline": getattr(config.baseline, "name", config.baseline)}
+
+
+def _device(state: TrainState) -> str:
+    return str(state.parameters[0].device.type)
+
+
+def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Return tensors by field, as `TrainState.load_state_dict` reads them."""
+    nested: dict[str, Any] = {}
+    for name, value in tensors.items():
+        field, _, rest = name.partition(".")
+        if not rest:
+            nested[field] = value
+        elif field == "optimizer":
+            i, key = rest.split(".")
+            nested.setdefault(field, {}).setdefault(i, {})[key] = value
+        else:
+            nested.setdefault(field, {})[rest] = value
+    return nested
+
+
+def _refuse_other_run(saved: Mapping[str, Any], setup: Setup, folder: Path) -> None:
+    current = _identity(setup)
+    had = saved.get("own_proposal", current["own_proposal"])
+    if had != current["own_proposal"]:
+        has = ("had", "has not") if had else ("had no", "has one")
         raise ValueError(
-            f"the run in {folder} {had} proposal= and this sampler {has}: make it as it was made"
+            f"the run in {folder} {has[0]} proposal= and this trainer {has[1]}: make it as it was "
+            "made"
         )
-    theirs = {key: facts[key] for key in ("sampler", "divergence", "target")} | {
-        "optimizer": settings["optimizer"],
-        "proposal_rule": settings["proposal_rule"] or sampler.default_proposal_rule,
-        "seed": settings["seed"],
-    }
-    mine = {
-        "sampler": type(sampler).__name__,
-        "divergence": sampler.divergence,
-        "target": sampler.target.to_dict(),
-        "optimizer": sampler.config.optimizer,
-        "proposal_rule": sampler.proposal_rule,
-        "seed": sampler.config.seed,
-    }
-    for key, wanted in mine.items():
-        if theirs[key] != json.loads(json.dumps(wanted)):
+    for key, value in current.items():
+        if key in saved and saved[key] != value:
             raise ValueError(
-                f"the checkpoint in {folder} has another {key}: {theirs[key]}, not {wanted}"
+                f"the checkpoint in {folder} has another {key}: {saved[key]}, not {value}"
             )
 
 
-def _has_own_proposal(sampler: Trainer) -> bool:
-    """Whether the caller gave a model to draw from at first."""
-    return not any(sampler.first_proposal is x for x in (sampler.policy, sampler.target.base))
-
-
-def _refuse_other_policy(theirs: dict[str, Tensor], mine: dict[str, Tensor], folder: Path) -> None:
-    shapes = [{k: tuple(v.shape) for k, v in weights.items()} for weights in (theirs, mine)]
+def _refuse_other_policy(
+    saved: Mapping[str, Tensor], current: Mapping[str, Tensor], folder: Path
+) -> None:
+    shapes = [{k: tuple(v.shape) for k, v in weights.items()} for weights in (saved, current)]
     different = sorted(dict(set(shapes[0].items()) ^ set(shapes[1].items())))
     if different:
         name = different[0]
@@ -154,10 +140,43 @@ def _refuse_other_policy(theirs: dict[str, Tensor], mine: dict[str, Tensor], fol
         )
 
 
-def _by_prefix(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    groups: dict[str, dict[str, Tensor]] = {}
-    for name, value in tensors.items():
-        prefix, _, rest = name.partition(".")
-        if rest:
-            groups.setdefault(prefix, {})[rest] = value
-    return groups
+# Objectives by the class names that checkpoints of version 0.1 hold.
+_OBJECTIVES_0_1 = {
+    "DPG": "dpg",
+    "GDC": "gdc",
+    "GDCpp": "gdc++",
+    "FDPG": "fdpg",
+    "VarGrad": "vargrad",
+    "Reinforce": "reinforce",
+    "ReinforceP": "reinforce-p",
+    "KLControl": "kl-control",
+}
+
+
+def _from_version_0_1(
+    tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a checkpoint of version 0.1 in today's form."""
+    renamed = {
+        name.replace("own.", "objective.", 1) if name.startswith("own.") else name: value
+        for name, value in tensors.items()
+    }
+    if "since_change" in renamed:
+        renamed["compared"] = renamed.pop("since_change")
+    config = facts["config"]
+    objective = _OBJECTIVES_0_1[facts["sampler"]]
+    run = {"objective": objective, "target": facts["target"]} | {
+        key: config[key] for key in ("optimizer", "seed")
+    }
+    if facts["divergence"] is not None:
+        name = facts["divergence"]
+        run["divergence"] = f_divergence(tuple(name) if isinstance(name, list) else name).name
+    run["proposal_rule"] = config["proposal_rule"] or (
+        "kl" if objective in ("gdc", "gdc++") else "policy"
+    )
+    if "own_proposal" in facts:
+        run["own_proposal"] = facts["own_proposal"]
+    device, size = facts.get("micro_batch", (None, None))
+    state = {key: facts[key] for key in ("step", "seconds", "rate", "z", "z_before", "z_round")}
+    state |= {"n_drawn": facts["samples"], "history": facts["history"], "micro_batch_size": size}
+    return renamed, {"run": run, "device": device, "state": state}

@@ -7,12 +7,32 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
+from dmgen.training.baselines import BASELINES, Baseline
+from dmgen.validation import check_choice, check_integer, check_number
+
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
 PROPOSAL_RULES = ("policy", "kl", "tv", "never")
-BASELINES = ("none", "z", "leave_one_out", "optimal")
 # Annotations of the settings, as written, and what they accept.
-_TYPES = {"int": Integral, "float": Real, "str": str, "bool": bool, "None": type(None)}
+_TYPES = {
+    "int": Integral,
+    "float": Real,
+    "str": str,
+    "bool": bool,
+    "None": type(None),
+    "Baseline": Baseline,
+}
+_AT_LEAST_ONE = (
+    "batch_size",
+    "micro_batch_size",
+    "backward_size",
+    "total_steps",
+    "reuse",
+    "proposal_every",
+    "checkpoint_every",
+    "evaluate_every",
+    "diagnose_every",
+)
 
 
 @dataclass(frozen=True)
@@ -40,8 +60,8 @@ class TrainerConfig:
         average_decay: keep an exponential average of the weights with this decay a step, and put
             it into the policy when `train` or `resume` ends; None keeps the last weights. An
             average spends less of the KL budget on gradient noise.
-        baseline: what the advantage subtracts, times π/q: None is the method's own, and
-            `objectives.advantage` lists the others.
+        baseline: the factor κ of π/q that the advantage subtracts: None is the method's own,
+            `objectives.advantage` lists the names, and a `Baseline` is one of the user's own.
         reuse: gradient steps on each batch; the weights of those after the first are corrected for
             the policy that has moved.
         base_share: share of each batch that is drawn from the base whatever the proposal is. The
@@ -76,7 +96,7 @@ class TrainerConfig:
     optimizer: str = "adam"
     max_grad_norm: float | None = None
     average_decay: float | None = None
-    baseline: str | None = None
+    baseline: str | Baseline | None = None
     reuse: int = 1
     base_share: float = 0.0
     proposal_every: int = 10
@@ -88,72 +108,54 @@ class TrainerConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            value = _checked(field.name, str(field.type), getattr(self, field.name))
-            object.__setattr__(self, field.name, value)
-        for name in (
-            "batch_size",
-            "micro_batch_size",
-            "backward_size",
-            "total_steps",
-            "reuse",
-            "proposal_every",
-            "checkpoint_every",
-            "evaluate_every",
-            "diagnose_every",
-        ):
-            value = getattr(self, name)
-            _need(value is None or value >= 1, f"{name} must be at least 1, got {value}")
-        _need(self.warmup_steps >= 0, f"warmup_steps must be at least 0, got {self.warmup_steps}")
-        rate = self.learning_rate
-        if isinstance(rate, str) and rate != "auto":
-            raise TypeError(f'learning_rate must be float or "auto", got {rate!r}')
-        _need(
-            isinstance(rate, str) or (rate > 0 and math.isfinite(rate)),
-            f"learning_rate must be positive and finite, got {rate}",
-        )
-        _need(
-            self.step_kl > 0 and math.isfinite(self.step_kl),
-            f"step_kl must be positive and finite, got {self.step_kl}",
-        )
-        _need(0 <= self.base_share < 1, f"base_share must lie in [0, 1), got {self.base_share}")
-        _need(
-            not self.base_share or 0 < self.n_base < self.batch_size,
-            f"base_share {self.base_share} of a batch of {self.batch_size} is {self.n_base} texts: "
-            "it must be some of them, and not all",
-        )
-        for name, allowed in (
-            ("optimizer", OPTIMIZERS),
-            ("schedule", SCHEDULES),
-            ("proposal_rule", (None, *PROPOSAL_RULES)),
-            ("baseline", (None, *BASELINES)),
-        ):
-            value = getattr(self, name)
-            _need(value in allowed, f"{name} must be one of {allowed}, got {value!r}")
-        _need(
-            self.schedule == "constant" or self.total_steps is not None,
-            f"schedule {self.schedule!r} decays to 0 at total_steps: set total_steps",
-        )
-        _need(
-            self.baseline not in ("leave_one_out", "optimal") or self.batch_size > 1,
-            f"baseline {self.baseline!r} needs a batch of at least 2 texts",
-        )
-        _need(
-            self.average_decay is None or 0 < self.average_decay < 1,
-            f"average_decay must be None or between 0 and 1, got {self.average_decay}",
-        )
-        _need(
-            self.max_grad_norm is None or self.max_grad_norm > 0,
-            f"max_grad_norm must be None or positive, got {self.max_grad_norm}",
-        )
+        for f in fields(self):
+            object.__setattr__(self, f.name, _checked(f.name, str(f.type), getattr(self, f.name)))
+        for name in _AT_LEAST_ONE:
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), least=1)
+        check_integer("warmup_steps", self.warmup_steps, least=0)
+        if isinstance(self.learning_rate, str):
+            if self.learning_rate != "auto":
+                raise TypeError(
+                    f'learning_rate must be float or "auto", got {self.learning_rate!r}'
+                )
+        else:
+            check_number("learning_rate", self.learning_rate, above=0)
+        check_number("step_kl", self.step_kl, above=0)
+        check_number("base_share", self.base_share, least=0, below=1)
+        if self.average_decay is not None:
+            check_number("average_decay", self.average_decay, above=0, below=1)
+        if self.max_grad_norm is not None:
+            check_number("max_grad_norm", self.max_grad_norm, above=0)
+        check_choice("optimizer", self.optimizer, OPTIMIZERS)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("proposal_rule", self.proposal_rule, (None, *PROPOSAL_RULES))
+        if not isinstance(self.baseline, Baseline):
+            check_choice("baseline", self.baseline, (None, *BASELINES))
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        """Refuse settings that do not go with one another."""
+        if self.base_share and not 0 < self.n_base < self.batch_size:
+            raise ValueError(
+                f"base_share {self.base_share} of a batch of {self.batch_size} is {self.n_base} "
+                "texts: it must be some of them, and not all"
+            )
+        if self.schedule != "constant" and self.total_steps is None:
+            raise ValueError(
+                f"schedule {self.schedule!r} decays to 0 at total_steps: set total_steps"
+            )
+        baseline = BASELINES.get(self.baseline) if isinstance(self.baseline, str) else self.baseline
+        if baseline is not None and baseline.needs_batch and self.batch_size < 2:
+            raise ValueError(f"baseline {baseline.name!r} needs a batch of at least 2 texts")
 
     @property
     def n_base(self) -> int:
-        """Texts of a batch that `base_share` takes from the base."""
+        """Number of texts of a batch that come from the base, see `base_share`."""
         return round(self.base_share * self.batch_size)
 
     def share_at(self, step: int) -> float:
-        """The share of the peak learning rate that the step after `step` steps takes."""
+        """Return the fraction of the peak learning rate for the step after `step` steps."""
         share = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.schedule == "constant" or self.total_steps is None:
             return share
@@ -161,20 +163,15 @@ class TrainerConfig:
         return share * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
 
 
-def _checked(name: str, wanted: str, value: Any) -> Any:
-    """A value of the type that its annotation names; an int serves as a float.
+def _checked(name: str, annotation: str, value: Any) -> Any:
+    """Return a value of the type that its annotation names; an int serves as a float.
 
     Numbers of numpy become Python's own, which JSON can hold.
     """
-    kinds = tuple(_TYPES[part] for part in wanted.split(" | "))
+    kinds = tuple(_TYPES[part] for part in annotation.split(" | "))
     # bool is an int in Python, and batch_size=True is a slip.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        raise TypeError(f"{name} must be {wanted}, got {value!r}")
+        raise TypeError(f"{name} must be {annotation}, got {value!r}")
     if isinstance(value, bool) or not isinstance(value, Real):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
-
-
-def _need(holds: bool, message: str) -> None:
-    if not holds:
-        raise ValueError(message)

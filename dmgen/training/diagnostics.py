@@ -1,9 +1,8 @@
-"""What is measured of a step: statistics of its batch, and the variance of its gradient."""
+"""Diagnostics of a step: statistics of its batch, and the variance of its gradient."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,35 +11,29 @@ from torch import Tensor
 from dmgen.estimates import divergences
 from dmgen.estimates import weights as log_weights
 from dmgen.models.samples import Samples
+from dmgen.training.batch import Batch
 
 
-def batch_statistics(
-    log_q: Tensor,
-    log_score: Tensor,
-    log_policy: Tensor,
-    advantage: Tensor,
-    values: Mapping[str, Tensor],
-) -> dict[str, float]:
-    """What a batch of texts from q says of target and policy, from log-probabilities alone.
+def batch_statistics(batch: Batch, advantage: Tensor) -> dict[str, float]:
+    """Return metrics of target and policy from the log-probabilities of a batch alone.
 
     Args:
-        log_q, log_score, log_policy: log q, log P and log π of each text, `(N,)`, nats.
+        batch: texts with log P and log π.
         advantage: `(N,)`.
-        values: feature values `(N,)` by name.
 
     Returns:
-        ESS in texts, KL(p‖π) and KL(p‖q) in nats (NaN where no text is possible under p), mean,
-        mean size and variance of the advantage, the largest weight's share (where there is one),
-        and "moment/NAME", the policy's.
+        ESS in texts, KL(p‖π) and KL(p‖q) in nats (NaN where every text has P = 0), mean, mean size
+        and variance of the advantage, the largest weight as a fraction (where there is one), and
+        "moment/NAME", the policy's.
     """
-    log_w = log_score - log_q
-    # Nothing is known of p before the first text that is possible under it.
+    log_w, log_policy = batch.log_w, batch.column("log_policy")
+    # Nothing is known of p before the first text with P > 0.
     any_hit = bool((log_w > -math.inf).any())
     to_policy, to_proposal = (
-        divergences.kl(log_score, log_x, log_q).value if any_hit else math.nan
-        for log_x in (log_policy, log_q)
+        divergences.kl(batch.column("log_score"), log_x, batch.log_q).value if any_hit else math.nan
+        for log_x in (log_policy, batch.log_q)
     )
-    found = {
+    statistics = {
         "ess": log_weights.ess(log_w),
         "kl_target_policy": to_policy,
         "kl_target_proposal": to_proposal,
@@ -49,14 +42,14 @@ def batch_statistics(
         "advantage_var": float(advantage.var(correction=0)),
     }
     if any_hit:
-        found["largest_weight"] = float(torch.softmax(log_w, 0).max())
-    for name, column in values.items():
-        found[f"moment/{name}"] = float(log_weights.mean(log_policy - log_q, column)[0])
-    return found
+        statistics["largest_weight"] = float(torch.softmax(log_w, 0).max())
+    for name, column in batch.features.items():
+        statistics[f"moment/{name}"] = float(log_weights.mean(log_policy - batch.log_q, column)[0])
+    return statistics
 
 
 def gradient_variance(policy: Any, samples: Samples, advantage: Tensor) -> dict[str, float]:
-    """Trace of the covariance of the texts' gradients `g_i = A_i ∇log π(x_i)`, and ‖mean g_i‖.
+    """Return trace of covariance and norm of mean of the texts' gradients `A_i ∇log π(x_i)`.
 
     `grad_variance = mean ‖g_i‖² − ‖mean g_i‖²`, `grad_norm = ‖mean g_i‖`, over all trainable
     parameters. One backward pass a text, and none where A = 0; memory is that of one gradient.

@@ -1,70 +1,83 @@
-"""`Health`: tells once, in words, when a run has lost its footing."""
+"""Warnings of a run that fails: collapsed weights, no hits, contradicting estimates of Z."""
 
 from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import dataclass, replace
 from typing import Any
 
-# A batch counts as collapsed under this share of effective texts, or so few of them (1 is one text
-# that carries all), and a run after so many such batches.
-_LEAST_SHARE, _LEAST, _PATIENCE = 0.01, 1.5, 10
+__all__ = ["Health", "watch"]
+
+# A batch counts as collapsed under this fraction of effective texts, or so few of them (1 is one
+# text that carries all), and a run after so many such batches.
+_LEAST_FRACTION, _LEAST, _PATIENCE = 0.01, 1.5, 10
 # A two-sided 5 sigma event; heavy-tailed weights can make a false alarm of less.
 _MOST_DRIFT = 5.0
 
 
+@dataclass(frozen=True)
 class Health:
-    """Watches the rows of a run and warns, once for each, of the ways in which it can be wrong.
+    """What rows of metrics have shown so far.
 
-    Args:
-        batch_size: texts a step.
-        weighted: whether the gradient is a mean under importance weights.
+    Attributes:
+        n_low: collapsed batches in a row.
+        n_without_z: batches in a row without any text with P > 0.
+        warned: the warnings that were given; each is given once a run.
     """
 
-    def __init__(self, batch_size: int, *, weighted: bool = True) -> None:
-        self.batch_size = batch_size
-        self.least_ess = max(_LEAST, _LEAST_SHARE * batch_size) if weighted else 0.0
-        self.n_low = 0
-        self.n_without_z = 0
-        self.told: set[str] = set()
+    n_low: int = 0
+    n_without_z: int = 0
+    warned: tuple[str, ...] = ()
 
-    def watch(self, row: dict[str, Any]) -> None:
-        """Takes note of one row of metrics.
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "warned", tuple(self.warned))  # JSON has lists
 
-        Warns:
-            RuntimeWarning: the weights have collapsed on a few texts, no text has satisfied the
-                constraints, or estimates of Z from different proposals contradict one another.
-        """
-        no_z = not math.isfinite(row["log_z"])
-        self.n_without_z = self.n_without_z + 1 if no_z else 0
-        low = not no_z and row["ess"] < self.least_ess
-        self.n_low = self.n_low + 1 if low else 0
-        if self.n_without_z >= _PATIENCE:
-            self._tell(
-                "no hit",
-                f"none of {row['samples']:,} texts satisfies the constraints, so Z is unknown and "
-                "nothing is learnt: draw from a model that shows them (proposal=, or begin with a "
-                "policy that was trained on an easier constraint), or ask for less",
-            )
-        if self.n_low >= _PATIENCE:
-            self._tell(
-                "collapse",
-                f"the effective sample size has been under {self.least_ess:g} of "
-                f"{self.batch_size} texts for {_PATIENCE} steps: one or a few carry the whole "
-                "gradient. Lower the learning rate, enlarge batch_size, or bound the weights with "
-                "base_share=0.1",
-            )
-        drift = row["log_z_drift"]
-        if abs(drift) > _MOST_DRIFT:
-            self._tell(
-                "drift",
-                f"at step {row['step']} log Z has moved by {drift:+.1f} standard errors since it "
-                "was last estimated. Z does not depend on the proposal, so log-probabilities and "
-                "texts may not belong together (such as texts drawn with top-p and scored "
-                "without), or the weights are too heavy-tailed for their error to be trusted",
-            )
 
-    def _tell(self, what: str, message: str) -> None:
-        if what not in self.told:
-            self.told.add(what)
-            warnings.warn(message, RuntimeWarning, stacklevel=4)
+def watch(
+    health: Health, row: dict[str, Any], *, batch_size: int, is_weighted: bool = True
+) -> Health:
+    """Return the health after one more row of metrics.
+
+    Args:
+        health: before the row.
+        row: metrics of one step.
+        batch_size: texts a step.
+        is_weighted: whether the gradient is a mean under importance weights.
+
+    Warns:
+        RuntimeWarning: the weights have collapsed on a few texts, no text has satisfied the
+            constraints, or estimates of Z from different proposals contradict one another.
+    """
+    least_ess = max(_LEAST, _LEAST_FRACTION * batch_size) if is_weighted else 0.0
+    no_z = not math.isfinite(row["log_z"])
+    low = not no_z and row["ess"] < least_ess
+    health = replace(
+        health,
+        n_without_z=health.n_without_z + 1 if no_z else 0,
+        n_low=health.n_low + 1 if low else 0,
+    )
+    messages = {}
+    if health.n_without_z >= _PATIENCE:
+        messages["no hit"] = (
+            f"none of {row['samples']:,} texts satisfies the constraints, so Z is unknown and "
+            "nothing is learnt: draw from a model that shows them (proposal=, or begin with a "
+            "policy that was trained on an easier constraint), or ask for less"
+        )
+    if health.n_low >= _PATIENCE:
+        messages["collapse"] = (
+            f"the effective sample size has been under {least_ess:g} of {batch_size} texts for "
+            f"{_PATIENCE} steps: one or a few carry the whole gradient. Lower the learning rate, "
+            "enlarge batch_size, or bound the weights with base_share=0.1"
+        )
+    if abs(row["log_z_drift"]) > _MOST_DRIFT:
+        messages["drift"] = (
+            f"at step {row['step']} log Z has moved by {row['log_z_drift']:+.1f} standard errors "
+            "since it was last estimated. Z does not depend on the proposal, so log-probabilities "
+            "and texts may not belong together (such as texts drawn with top-p and scored "
+            "without), or the weights are too heavy-tailed for their error to be trusted"
+        )
+    new = [name for name in messages if name not in health.warned]
+    for name in new:
+        warnings.warn(messages[name], RuntimeWarning, stacklevel=4)
+    return replace(health, warned=(*health.warned, *new))

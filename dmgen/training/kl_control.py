@@ -1,146 +1,182 @@
-"""`KLControl`: PPO on a reward less a price on KL(π‖a), the reward-maximising baseline."""
+"""KL-controlled PPO: the objective, with a value head and a KL coefficient of its own."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmgen.constraints.constraint import Moment
 from dmgen.constraints.feature import Feature
-from dmgen.models.samples import Samples
 from dmgen.target import factor
 from dmgen.target.ebm import EBM
+from dmgen.training.batch import Batch
 from dmgen.training.config import TrainerConfig
-from dmgen.training.methods import Reinforce
+from dmgen.training.objective import Objective
+from dmgen.training.objectives import constraint_reward
 from dmgen.training.ppo import adapted, gae, ppo_loss, token_rewards, whiten
+from dmgen.training.state import TrainState
+from dmgen.validation import check_number
 
-# The least positive number.
-_TINY = math.ulp(0.0)
+__all__ = ["PPO"]
 
 
-@dataclass(frozen=True, eq=False)
-class Rollout:
-    """This process's texts as they stood when drawn: float64 `(n, T)`, 0 where `mask` is false.
+@dataclass(frozen=True)
+class PPO(Objective):
+    """Maximise `E_π[r] − β KL(π‖a)` by PPO; see `KLControl`, whose options these are.
 
-    Attributes:
-        mask: bool, true for the tokens of the text.
-        log_old: log π of each token under the policy that drew it, nats.
-        log_base: log a of each token, nats.
-        values: what the value head expected before each token, in the reward's unit.
+    Its own state holds the weights of the value head and β. Its token columns are `log_old` and
+    `log_base` (nats), `values` (the value head before each token) and `mask`; `prepare` adds
+    `gae` (the advantage of each token before whitening) and `returns`.
     """
 
-    mask: Tensor
-    log_old: Tensor
-    log_base: Tensor
-    values: Tensor
+    kl_coefficient: float = 0.2
+    kl_target: float | None = 6.0
+    horizon: float = 10_000
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    clip: float = 0.2
+    value_coefficient: float = 0.1
 
+    name = "kl-control"
 
-class KLControl(Reinforce):
-    """Maximises `E_π[r] − β KL(π‖a)` by PPO, r = b(x) + λ·φ(x) as in `Reinforce`, on-policy.
+    def __post_init__(self) -> None:
+        check_number("kl_coefficient", self.kl_coefficient, above=0)
+        if self.kl_target is not None:
+            check_number("kl_target", self.kl_target, above=0)
+        check_number("horizon", self.horizon, above=0)
+        check_number("gamma", self.gamma, least=0, most=1)
+        check_number("gae_lambda", self.gae_lambda, least=0, most=1)
+        check_number("clip", self.clip, above=0, most=1)
+        check_number("value_coefficient", self.value_coefficient, least=0)
 
-    Each token pays `β (log π(x_t) − log a(x_t))`, the last one earns r. A value head, linear on the
-    hidden states before each token, says what was to be expected, and generalised advantage
-    estimation what each token was better for; its loss trains the shared trunk too.
-    `config.reuse` is the number of PPO passes over a batch, `config.batch_size` its texts.
+    @property
+    def needs(self) -> frozenset[str]:
+        """See `Objective`."""
+        return frozenset({"batch"})
 
-    At a fixed β it matches a distribution of its own, `own_target()`, which is not `target`: what
-    is hard there is only paid for here. With `kl_target` β moves by itself,
-    `β ← β (1 + clip(KL/kl_target − 1, ±0.2) · batch_size/horizon)` after each step.
-
-    Rows of metrics have two columns more: `kl_coefficient`, the β of the step, and
-    `kl_policy_base`, the batch's mean of log π − log a, nats.
-
-    Args:
-        policy: the model to train; it must have `hidden_states(samples, *, grad)`.
-        target: its constraints are what is rewarded.
-        config: settings of the run; those of importance weights do not apply and are refused.
-        proposal: must be None, since texts are drawn from the policy.
-        kl_coefficient: β, > 0, in units of reward a nat; where it begins if it is adaptive.
-        kl_target: the KL(π‖a) that β is steered to, nats, > 0; None keeps β fixed.
-        horizon: in so many texts β moves by a fifth at most; at least a batch.
-        gamma: discount of rewards a token, in [0, 1].
-        gae_lambda: λ of generalised advantage estimation, in [0, 1]; 1 does not trust the values.
-        clip: the ratio π/π_old counts within 1 ± clip, and the values move by `clip` a batch at
-            most; in (0, 1].
-        value_coefficient: weight of the value loss, >= 0.
-
-    Raises:
-        TypeError: the policy has no hidden states, or an option is not a number.
-        ValueError: an option is out of its range, a setting asks for something else than on-policy
-            batches; otherwise as `Trainer`.
-
-    Source: Ziegler et al. 2019 (arXiv:1909.08593), as the baseline of Korbak et al. 2022, whose
-    constants are the defaults; Schulman et al. 2016, 2017 (GAE, PPO).
-    Differs from the paper: one optimiser step a batch and pass, not one for each 32 texts; the
-    advantages are whitened over all tokens of the batch, on all processes. A text ends with its
-    EOS: nothing after it is rewarded or predicted. The value head begins at 0, without dropout.
-    Until some text has satisfied the hard constraints there is nothing to learn, and only β moves.
-    """
-
-    def __init__(
-        self,
-        policy: Any,
-        target: EBM,
-        config: TrainerConfig | None = None,
-        *,
-        proposal: Any = None,
-        kl_coefficient: float = 0.2,
-        kl_target: float | None = 6.0,
-        horizon: float = 10_000,
-        gamma: float = 1.0,
-        gae_lambda: float = 0.95,
-        clip: float = 0.2,
-        value_coefficient: float = 0.1,
-    ) -> None:
-        config = config or TrainerConfig()
-        _check_on_policy(config, proposal)
-        for name, value, least, most in (
-            ("kl_coefficient", kl_coefficient, _TINY, math.inf),
-            ("kl_target", _TINY if kl_target is None else kl_target, _TINY, math.inf),
+    def check(self, config: TrainerConfig) -> None:
+        """Refuse what belongs to methods that weigh the texts of another distribution."""
+        allowed: dict[str, tuple[tuple[Any, ...], str]] = {
+            "proposal_rule": ((None, "policy"), "it draws from the policy itself"),
+            "baseline": ((None,), "its baseline is the value head"),
+            "backward_size": ((None,), "its advantages belong to tokens, not to texts"),
+            "diagnose_every": ((None,), "its advantages belong to tokens, not to texts"),
+            "base_share": ((0,), "it draws from the policy itself"),
+            "first_batches_from_fit": ((False,), "it draws from the policy itself"),
+        }
+        for name, (values, reason) in allowed.items():
+            if getattr(config, name) not in values:
+                raise ValueError(
+                    f"KLControl has no {name}, got {getattr(config, name)!r}: {reason}; leave it "
+                    "out"
+                )
+        if self.kl_target is not None:
             # With a shorter one, a few steps would carry an adaptive β anywhere.
-            ("horizon", horizon, _TINY if kl_target is None else config.batch_size, math.inf),
-            ("gamma", gamma, 0.0, 1.0),
-            ("gae_lambda", gae_lambda, 0.0, 1.0),
-            ("clip", clip, _TINY, 1.0),
-            ("value_coefficient", value_coefficient, 0.0, math.inf),
-        ):
-            _check_range(name, value, least, most)
+            check_number("horizon", self.horizon, least=config.batch_size)
+
+    def identity(self) -> dict[str, Any]:
+        """See `Objective`: β too where it is fixed."""
+        fixed = {} if self.kl_target is not None else {"kl_coefficient": self.kl_coefficient}
+        return super().identity() | fixed
+
+    def init(self, policy: Any, target: EBM) -> dict[str, Tensor]:
+        """Return the value head, at 0: a weight for each hidden unit, and a bias; and β.
+
+        Raises:
+            TypeError: the policy has no hidden states.
+        """
         if not hasattr(policy, "hidden_states"):
             raise TypeError(
                 "KLControl predicts rewards from the policy's hidden_states(samples, grad=), and a "
                 f"{type(policy).__name__} has none: use a CausalLM or TabularLM"
             )
-        super().__init__(policy, target, config)
-        self.kl_target, self.horizon = kl_target, horizon
-        self.gamma, self.gae_lambda = gamma, gae_lambda
-        self.clip, self.value_coefficient = clip, value_coefficient
         one = policy.sample(1, prompt=target.prompt, max_new_tokens=1, seed=0)
         width = policy.hidden_states(one).shape[-1]
-        like = self.parameters[0]
-        # A weight for each hidden unit, and a bias.
-        self.value_head = torch.nn.Parameter(
-            torch.zeros(width + 1, dtype=like.dtype, device=like.device)
+        like = next(p for p in policy.parameters() if p.requires_grad)
+        head = torch.zeros(width + 1, dtype=like.dtype, device=like.device)
+        beta = torch.tensor(float(self.kl_coefficient), dtype=torch.float64)
+        return {"value_head": torch.nn.Parameter(head), "kl_coefficient": beta}
+
+    def draw_columns(self, state: TrainState, batch: Batch, target: EBM) -> dict[str, Tensor]:
+        """Return the token columns of freshly drawn texts; one pass of the base gives log a."""
+        samples = batch.texts
+        log_base = target.base.token_log_prob(samples).double()
+        outside = (log_base == -math.inf).any(-1)
+        if bool(outside.any()):
+            i = int(outside.nonzero()[0])
+            raise FloatingPointError(
+                f"the policy drew text {i} ({samples.texts[i]!r}), to which the base assigns "
+                "probability 0, so KL(π‖a) is infinite: begin with policy = base.copy()"
+            )
+        parts = [_look(state, part) for part in samples.split(state.micro_batch(samples))]
+        log_old, values = (
+            torch.cat([x.cpu().double() for x in columns]) for columns in zip(*parts, strict=True)
         )
-        self.parameters.append(self.value_head)
-        self.optimizer.add_param_group({"params": [self.value_head]})
-        self._coefficient = torch.tensor(float(kl_coefficient), dtype=torch.float64)
-        self.own_state["value_head"] = self.value_head
-        if kl_target is not None:
-            self.own_state["kl_coefficient"] = self._coefficient
-        self._rollout: Rollout | None = None
+        mask = samples.mask.double()
+        return {"log_old": log_old, "log_base": log_base, "values": values, "mask": mask}
 
-    @property
-    def kl_coefficient(self) -> float:
-        """β by now, in units of reward a nat."""
-        return float(self._coefficient)
+    def prepare(self, state: TrainState, batch: Batch, target: EBM) -> Batch:
+        """Add the reward, the advantage of each token before whitening, and the returns."""
+        batch, columns = batch.with_(reward=constraint_reward(target, batch)), batch.tokens
+        rewards = token_rewards(batch, float(state.objective["kl_coefficient"]))
+        advantage = gae(rewards, columns["values"], self.gamma, self.gae_lambda)  # (N, T)
+        returns = advantage + columns["values"]
+        return batch.with_(tokens={**columns, "gae": advantage, "returns": returns})
 
-    def own_target(self) -> EBM:
-        """The distribution `P_z(x) ∝ a(x) exp(r(x)/β)` that a fixed β leads to.
+    def advantage(self, batch: Batch) -> Tensor:
+        """Return the advantage of each token, whitened over all tokens of the batch, `(N, T)`."""
+        return whiten(batch.tokens["gae"], batch.tokens["mask"].bool())
+
+    def forward(self, state: TrainState, batch: Batch) -> Any:
+        """Return log π and the value of each token with their graph, both `(n, T)`."""
+        return _look(state, batch.texts, grad=True)
+
+    def log_prob_of(self, output: Any) -> Tensor:
+        """See `Objective`."""
+        return output[0].sum(-1)  # type: ignore[no-any-return]
+
+    def loss(self, batch: Batch, log_pi: Any, advantage: Tensor) -> Tensor:
+        """Return the PPO loss of each text, the sum over its tokens, `(n,)`."""
+        log_prob, values = log_pi
+        columns = {k: v.to(log_prob) for k, v in batch.tokens.items()}
+        terms = ppo_loss(
+            log_prob,
+            values,
+            advantage.to(log_prob),
+            columns,
+            clip=self.clip,
+            value_coefficient=self.value_coefficient,
+        )
+        return terms.sum(-1)
+
+    def text_weights(self, batch: Batch) -> Tensor:
+        """Return 1 / tokens of the batch: the loss is a mean over tokens, not over texts."""
+        n_tokens = float(batch.tokens["mask"].sum())
+        return torch.full((len(batch),), 1.0 / n_tokens, dtype=torch.float64)
+
+    def text_advantage(self, batch: Batch, advantage: Tensor) -> Tensor:
+        """Return the advantage of the first token before whitening, `(N,)`.
+
+        That is the return of the whole text beyond the expected one.
+        """
+        return batch.tokens["gae"][:, 0]
+
+    def follow(self, state: TrainState, batch: Batch) -> dict[str, float]:
+        """Return β and the batch's KL(π‖a), nats, and adapt β."""
+        kl = float((batch.tokens["log_old"] - batch.tokens["log_base"]).sum(-1).mean())
+        beta = float(state.objective["kl_coefficient"])
+        if self.kl_target is not None:
+            state.objective["kl_coefficient"].fill_(
+                adapted(beta, kl, self.kl_target, self.horizon, len(batch))
+            )
+        return {"kl_coefficient": beta, "kl_policy_base": kl}
+
+    def own_target(self, target: EBM) -> EBM:
+        """Return the distribution `P_z(x) ∝ a(x) exp(r(x)/β)` that a fixed β leads to.
 
         For every π, `E_π[r] − β KL(π‖a) = β log Z − β KL(π‖p_z)`: to maximise the one is to
         minimise the reverse KL divergence to the other. Moments keep their targets and have λ/β;
@@ -157,19 +193,19 @@ class KLControl(Reinforce):
         if self.kl_target is not None:
             raise ValueError(
                 f"with kl_target={self.kl_target:g} the KL coefficient moves with the policy (it "
-                f"is {self.kl_coefficient:.4g} now), so what is maximised changes all the time and "
-                "there is no fixed target: pass kl_target=None and a kl_coefficient"
+                f"begins at {self.kl_coefficient:.4g}), so what is maximised changes all the time "
+                "and there is no fixed target: pass kl_target=None and a kl_coefficient"
             )
         if self.gamma != 1:
             raise ValueError(
                 f"with gamma={self.gamma:g} what comes later counts less, so it is not "
                 "E[r] − β KL(π‖a) that is maximised, nor a(x) exp(r(x)/β) reached: pass gamma=1"
             )
-        target, beta = self.target, self.kl_coefficient
+        beta = self.kl_coefficient
         soft = factor.soft_moments(target.constraints, target.lambdas)
         lambdas = target.lambdas[target.lambdas.isfinite()]
         if len(soft) < len(target.constraints):
-            soft = [*soft, Moment(_all_hard(target), 1.0)]
+            soft = [*soft, Moment(all_hard(target), 1.0)]
             lambdas = torch.cat([lambdas, torch.ones(1, dtype=torch.float64)])
         return EBM(
             target.base,
@@ -179,95 +215,19 @@ class KLControl(Reinforce):
             max_new_tokens=target.max_new_tokens,
         )
 
-    def _step(self) -> dict[str, Any]:
-        row = super()._step()
-        own = self._drawn()
-        kl = float(self.processes.gather((own.log_old - own.log_base).sum(-1)).mean())
-        row |= {"kl_coefficient": self.kl_coefficient, "kl_policy_base": kl}
-        if self.kl_target is not None:
-            self._coefficient.fill_(
-                adapted(
-                    self.kl_coefficient, kl, self.kl_target, self.horizon, self.config.batch_size
-                )
-            )
-        return row
 
-    def _draw(self) -> tuple[Samples, Tensor | None, Tensor | None]:
-        """As `Trainer._draw`; the one scoring pass of the base gives log a of each token."""
-        samples, _, log_policy = super()._draw()
-        self._rollout = self._roll_out(samples)
-        return samples, self._rollout.log_base.sum(-1), log_policy
-
-    def _roll_out(self, samples: Samples) -> Rollout:
-        log_base = self.target.base.token_log_prob(samples).double()
-        parts = samples.split(self._micro_batch(samples))
-        log_old, values = (
-            torch.cat([x.cpu().double() for x in columns])
-            for columns in zip(*(self._look(part) for part in parts), strict=True)
-        )
-        infinite = (log_base == -math.inf).any(-1)
-        if bool(infinite.any()):
-            i = int(infinite.nonzero()[0])
-            raise FloatingPointError(
-                f"the policy drew text {i} ({samples.texts[i]!r}), which the base cannot say, so "
-                "KL(π‖a) is infinite: begin with policy = base.copy()"
-            )
-        return Rollout(samples.mask, log_old, log_base, values)
-
-    def _drawn(self) -> Rollout:
-        return cast(Rollout, self._rollout)  # `_draw` comes first in every step
-
-    def _look(self, samples: Samples, grad: bool = False) -> tuple[Tensor, Tensor]:
-        """log π of each token and the value before it, `(n, T)`, 0 where masked."""
-        hidden = self.policy.hidden_states(samples, grad=grad)  # (n, T, D)
-        log_pi = self.policy.token_log_prob(samples, grad=grad, hidden=hidden)
-        with torch.set_grad_enabled(grad):
-            read = hidden.to(self.value_head)
-            values = read @ self.value_head[:-1] + self.value_head[-1]
-            return log_pi, torch.where(samples.mask.to(values.device), values, 0.0)
-
-    def _backward(
-        self,
-        samples: Samples,
-        log_q: Tensor,
-        log_score: Tensor,
-        log_policy: Tensor | None,
-        reward: Tensor | None,
-        log_z: float,
-    ) -> tuple[Tensor, Tensor]:
-        """Sets the gradient of the PPO loss, the mean over all tokens of the batch.
-
-        Returns log π_old and, of each text, the advantage of its first token before whitening, both
-        `(N,)`: what the whole text earned beyond what was expected.
-        """
-        own, mine = self._drawn(), slice(self.rows.start, self.rows.stop)
-        rewards = token_rewards(
-            cast(Tensor, reward)[mine], own.log_old, own.log_base, own.mask, self.kl_coefficient
-        )
-        advantage = gae(rewards, own.values, self.gamma, self.gae_lambda)  # (n, T)
-        returns = advantage + own.values
-        of_all, seen = (self.processes.gather(x) for x in (advantage, own.mask.double()))  # (N, T)
-        white, n_tokens = whiten(of_all, seen.bool())[mine], float(seen.sum())
-        self.optimizer.zero_grad(set_to_none=True)
-        for part in torch.split(torch.arange(len(samples)), self._micro_batch(samples)):
-            texts = samples[part]
-            log_pi, values = self._look(texts, grad=True)
-            fixed = (white, own.log_old, returns, own.values)
-            loss = ppo_loss(
-                log_pi,
-                values,
-                *(x[part].to(log_pi) for x in fixed),
-                clip=self.clip,
-                value_coefficient=self.value_coefficient,
-            )
-            # Not the mean of each part: parts hold unequal numbers of tokens. Padding adds 0.
-            torch.autograd.backward(loss.sum() / n_tokens)
-        self.processes.sum_gradients(self.parameters)
-        return log_q, of_all[:, 0]
+def _look(state: TrainState, samples: Any, grad: bool = False) -> tuple[Tensor, Tensor]:
+    """Return log π of each token and the value before it, `(n, T)`, 0 where masked."""
+    policy, head = state.policy, state.objective["value_head"]
+    hidden = policy.hidden_states(samples, grad=grad)  # (n, T, D)
+    log_pi = policy.token_log_prob(samples, grad=grad, hidden=hidden)
+    with torch.set_grad_enabled(grad):
+        values = hidden.to(head) @ head[:-1] + head[-1]
+        return log_pi, torch.where(samples.mask.to(values.device), values, 0.0)
 
 
-def _all_hard(target: EBM) -> Feature:
-    """b(x): whether a text satisfies all hard constraints of `target`."""
+def all_hard(target: EBM) -> Feature:
+    """Return the feature b(x), that a text satisfies all hard constraints of `target`."""
     pairs = list(factor.with_lambdas(target.constraints, target.lambdas))
     hard = [constraint for constraint, weight in pairs if math.isinf(weight)]
     lambdas = target.lambdas[target.lambdas.isinf()]
@@ -283,31 +243,3 @@ def _all_hard(target: EBM) -> Feature:
         if math.isinf(weight)
     )
     return Feature(holds, f"all of: {names}", batched=True, with_prompt=True, binary=True)
-
-
-def _check_on_policy(config: TrainerConfig, proposal: Any) -> None:
-    """Refuses what belongs to methods that weigh the texts of another law."""
-    if proposal is not None:
-        raise ValueError("KLControl draws from the policy itself: give no proposal")
-    allowed: dict[str, tuple[Any, str]] = {
-        "proposal_rule": ((None, "policy"), "it draws from the policy itself"),
-        "baseline": ((None,), "its baseline is the value head"),
-        "backward_size": ((None,), "its advantages belong to tokens, not to texts"),
-        "diagnose_every": ((None,), "its advantages belong to tokens, not to texts"),
-        "base_share": ((0,), "it draws from the policy itself"),
-        "first_batches_from_fit": ((False,), "it draws from the policy itself"),
-    }
-    for name, (values, reason) in allowed.items():
-        if getattr(config, name) not in values:
-            raise ValueError(
-                f"KLControl has no {name}, got {getattr(config, name)!r}: {reason}; leave it out"
-            )
-
-
-def _check_range(name: str, value: float, least: float, most: float) -> None:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    if not (least <= value <= most and math.isfinite(value)):
-        low = "positive" if least == _TINY else f"at least {least:g}"
-        high = f" and at most {most:g}" if math.isfinite(most) else " and finite"
-        raise ValueError(f"{name} must be {low}{high}, got {value!r}")

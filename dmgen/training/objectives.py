@@ -1,25 +1,280 @@
-"""The advantage of each training method: pure functions of log-probabilities.
-
-Every method follows the gradient `E_q[A ∇log π]` with its own A. All of them are exact in
-expectation on an enumerable model, which is how they are tested.
-"""
+"""The objectives by value: the advantage A of each method's gradient `E_q[A ∇log π]`."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmgen.estimates.f_divergence import f_divergence
+from dmgen.estimates.f_divergence import FDivergence, f_divergence
+from dmgen.target import factor
+from dmgen.target.ebm import EBM
+from dmgen.training.baselines import BASELINES, Baseline
+from dmgen.training.batch import Batch
+from dmgen.training.config import TrainerConfig
+from dmgen.training.objective import Objective
+from dmgen.training.state import TrainState
+from dmgen.validation import check_choice
+
+__all__ = [
+    "DPG",
+    "GDC",
+    "GDCPP",
+    "REINFORCE",
+    "REINFORCE_P",
+    "VARGRAD",
+    "FMatching",
+    "Matching",
+    "VarianceOfLogRatio",
+    "advantage",
+    "constraint_reward",
+]
 
 METHODS = ("dpg", "gdc", "gdc++", "fdpg", "reinforce", "vargrad")
-# Those whose gradient is a mean under importance weights P/q.
-WEIGHTED = ("dpg", "gdc", "gdc++", "fdpg")
-# KL(p‖π) of "fdpg", in both of its names.
-_KL = ("kl", ("alpha", 1.0))
-# Baselines that look at the other texts of the batch.
-_OF_THE_BATCH = ("leave_one_out", "optimal")
+
+
+@dataclass(frozen=True)
+class _ScoreFunction(Objective):
+    """An objective with `A = G − κ π/q`: `gain` is G, `kappa` the objective's own κ."""
+
+    name: str
+    kappa: float = 0.0
+    proposal_rule: str = "policy"
+    baseline: Baseline | None = None
+
+    @property
+    def at_target(self) -> float | None:
+        """κ at which A is 0 for every text where π = p; None where there is no target."""
+        return 1.0
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See `Objective`."""
+        names = {"log_policy"} if self._subtracts() else set()
+        if self.baseline is not None and self.baseline.needs_batch:
+            names.add("batch")
+        return frozenset(names)
+
+    def check(self, config: TrainerConfig) -> None:
+        """Refuse a baseline that does not exist for this objective."""
+        if isinstance(config.baseline, str):
+            has_target = self.at_target is not None
+            allowed = [b.name for b in BASELINES.values() if has_target or not b.needs_target]
+            check_choice(f"baseline of {self.name!r}", config.baseline, allowed)
+
+    def with_baseline(self, baseline: str | Baseline | None) -> Objective:
+        """See `Objective`."""
+        if baseline is None:
+            return self
+        return replace(
+            self, baseline=BASELINES[baseline] if isinstance(baseline, str) else baseline
+        )
+
+    def gain(self, batch: Batch) -> Tensor:
+        """Return G of each text, `(N,)`."""
+        raise NotImplementedError
+
+    def advantage(self, batch: Batch) -> Tensor:
+        """Return `A = G − κ π/q`, float64 `(N,)`; see the table of `objectives.advantage`.
+
+        Raises:
+            FloatingPointError: an advantage is not finite; names the text's log-probabilities.
+        """
+        result = self.gain(batch)
+        if self._subtracts():
+            ratio = _ratio(batch)
+            kappa: float | Tensor = self.kappa
+            if self.baseline is not None and self.baseline.kappa is not None:
+                kappa = self.baseline.kappa(result, ratio, self.at_target or 0.0)
+            result = result - kappa * ratio
+        return _finite(result, batch)
+
+    def _subtracts(self) -> bool:
+        """Return whether κ is not 0: where it is 0, log π need not be known."""
+        return self.kappa != 0 if self.baseline is None else self.baseline.kappa is not None
+
+
+@dataclass(frozen=True)
+class Matching(_ScoreFunction):
+    """Descend KL(p‖π): `A = P/(Zq) − κ π/q`, κ = 0 for DPG and GDC, 1 for GDC++.
+
+    Source: Parshakova et al. 2019; Khalifa et al. 2021; Korbak et al. 2022, eq. 12, Algorithm 1.
+    Differs from the paper: both terms are divided by Z, so the scale of a step does not depend on
+    how rare the constraint is.
+    """
+
+    is_weighted = True
+
+    def gain(self, batch: Batch) -> Tensor:
+        """Return P/(Zq)."""
+        # log p first: then the two terms of GDC++ are equal to the last bit where π = p.
+        return torch.exp(_log_target(batch) - batch.log_q)
+
+
+@dataclass(frozen=True)
+class FMatching(_ScoreFunction):
+    """Descend any f-divergence D(π‖p): `A = −(π/q)(f'(π/p) − f'(1))`.
+
+    Source: Go et al. 2023, Theorem 1.
+    """
+
+    name: str = "fdpg"
+    divergence: FDivergence = field(default_factory=lambda: f_divergence("js"))
+
+    is_weighted = True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See `Objective`."""
+        return super().needs | {"log_policy"}
+
+    @property
+    def needs_support(self) -> bool:
+        """See `Objective`."""
+        return math.isinf(self.divergence.f_prime_at_infinity)
+
+    @property
+    def at_target(self) -> float:
+        """See `_ScoreFunction`."""
+        return self.kappa
+
+    def identity(self) -> dict[str, Any]:
+        """See `Objective`."""
+        return super().identity() | {"divergence": self.divergence.name}
+
+    @property
+    def _is_kl(self) -> bool:
+        return self.divergence.name in ("kl", "alpha=1")
+
+    def gain(self, batch: Batch) -> Tensor:
+        """Return −(π/q) f'(π/p).
+
+        Raises:
+            ValueError: the divergence is infinite where P = 0, for texts with P = 0.
+        """
+        log_target, f = _log_target(batch), self.divergence
+        if self._is_kl:  # p/π cannot overflow here while π/q is small
+            return torch.exp(log_target - batch.log_q)
+        outside = log_target == -math.inf
+        if math.isinf(f.f_prime_at_infinity) and bool(outside.any()):
+            raise ValueError(
+                f"divergence {f.name!r} is infinite where P = 0, as for {int(outside.sum())} of "
+                f'{len(outside)} texts: take "js", "tv" or "kl", or moments instead of hard '
+                "constraints"
+            )
+        log_policy = batch.column("log_policy").double()
+        return _ratio(batch) * f.pseudo_reward(log_policy - log_target)
+
+
+@dataclass(frozen=True)
+class _RewardMaximising(_ScoreFunction):
+    """Maximise a reward: `A = (π/q) · reward`."""
+
+    @property
+    def at_target(self) -> None:
+        """See `_ScoreFunction`."""
+        return None
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See `Objective`."""
+        return super().needs | {"log_policy"}
+
+    def gain(self, batch: Batch) -> Tensor:
+        """Return (π/q) · reward."""
+        return _ratio(batch) * batch.column("reward")
+
+
+@dataclass(frozen=True)
+class ConstraintReward(_RewardMaximising):
+    """Maximise b(x) + λ·φ(x), on-policy, whatever the language loses. Williams 1992."""
+
+    def prepare(self, state: TrainState, batch: Batch, target: EBM) -> Batch:
+        """Add the reward."""
+        return batch.with_(reward=constraint_reward(target, batch))
+
+
+@dataclass(frozen=True)
+class ScoreReward(_RewardMaximising):
+    """Maximise P(x) in units of the largest P(x) met so far. Korbak et al. 2022."""
+
+    def init(self, policy: Any, target: EBM) -> dict[str, Tensor]:
+        """Return the log of the unit, nats."""
+        return {"log_unit": torch.tensor(-math.inf, dtype=torch.float64)}
+
+    def prepare(self, state: TrainState, batch: Batch, target: EBM) -> Batch:
+        """Add the reward, in 0..1; 0 while every text had P = 0."""
+        log_score, log_unit = batch.column("log_score"), state.objective["log_unit"]
+        log_unit.copy_(torch.maximum(log_unit, log_score.max()))
+        if log_unit == -math.inf:
+            return batch.with_(reward=torch.zeros_like(log_score))
+        return batch.with_(reward=torch.exp(log_score - log_unit))
+
+
+class VarianceOfLogRatio(Objective):
+    """Descend `½ Var_q[log P − log π]`, which needs no Z. Richter et al. 2020 (VarGrad).
+
+    On-policy that is the gradient of KL(π‖p). It is a sum of its own kind and takes no baseline.
+    """
+
+    name = "vargrad"
+
+    @property
+    def needs_support(self) -> bool:
+        """See `Objective`."""
+        return True
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """See `Objective`."""
+        return frozenset({"log_policy", "batch"})
+
+    def check(self, config: TrainerConfig) -> None:
+        """Refuse every baseline but "none"."""
+        if config.baseline is not None:
+            name = getattr(config.baseline, "name", config.baseline)
+            check_choice(f"baseline of {self.name!r}", name, ["none"])
+
+    def advantage(self, batch: Batch) -> Tensor:
+        """Return log P/π less its mean over the other texts, `(N,)`.
+
+        Raises:
+            ValueError: a text has P = 0.
+        """
+        log_score, log_policy = batch.column("log_score"), batch.column("log_policy")
+        n_outside = int((log_score == -math.inf).sum())
+        if n_outside:
+            raise ValueError(
+                f"vargrad is infinite where P = 0, as for {n_outside} of {len(log_score)} texts: "
+                "take GDCpp, or moments instead of hard constraints"
+            )
+        terms = log_score.double() - log_policy
+        n = len(terms)
+        return _finite((terms - terms.mean()) * (n / max(n - 1, 1)), batch)
+
+
+DPG = Matching("dpg")
+GDC = Matching("gdc", proposal_rule="kl")
+GDCPP = Matching("gdc++", kappa=1.0, proposal_rule="kl")
+REINFORCE = ConstraintReward("reinforce")
+REINFORCE_P = ScoreReward("reinforce-p")
+VARGRAD = VarianceOfLogRatio()
+
+
+def constraint_reward(target: EBM, batch: Batch) -> Tensor:
+    """Return b(x) + λ·φ(x) of each text, `(N,)`.
+
+    b(x) is 1 where all hard constraints hold, else 0, and is left out where there are none.
+    """
+    soft = factor.soft_moments(target.constraints, target.lambdas)
+    values = dict(batch.features)
+    total = factor.statistics(soft, values) @ target.lambdas[target.lambdas.isfinite()]
+    if len(soft) == len(target.constraints):
+        return total
+    return total + (target.log_factor(values) > -math.inf).double()
 
 
 def advantage(
@@ -33,7 +288,7 @@ def advantage(
     divergence: str | tuple[str, float] | None = None,
     baseline: str | None = None,
 ) -> Tensor:
-    """The advantage A = G − κ π/q of each text in `∇ = E_q[A ∇log π]`, the direction of ascent.
+    """Return the advantage `A = G − κ π/q` of each text in `∇ = E_q[A ∇log π]`, for ascent.
 
     | method | G | κ |
     | --- | --- | --- |
@@ -53,13 +308,10 @@ def advantage(
     | "leave_one_out" | the mean of G over the other texts |
     | "optimal" | ΣGu / Σu², u = π/q, over the half of the batch without the text: least variance |
 
-    "vargrad" descends the variance of log P/π under q, `½ Var_q[log P − log π]`, which needs no Z.
-    On-policy that is the gradient of KL(π‖p); it is a sum of its own kind and takes no baseline.
-
     Args:
         method: one of the above.
         log_score: log P, `(N,)`, nats, unnormalised; `-inf` is legal but for "vargrad".
-        log_proposal: log q of the law the texts were drawn from, `(N,)`.
+        log_proposal: log q of the distribution the texts were drawn from, `(N,)`.
         log_policy: log π, `(N,)`, detached: π inside the advantage is not differentiated.
         log_z: log Z, a number or `(N,)`.
         reward: `(N,)`, for "reinforce".
@@ -77,123 +329,64 @@ def advantage(
 
     Source: Korbak et al. 2022, eq. 12 and Algorithm 1; Go et al. 2023, Theorem 1; Richter et al.
     2020 (VarGrad).
-    Differs from the paper: both terms are divided by Z, so the scale of a step does not depend on
-    how rare the constraint is.
     """
-    check_method(method, baseline, divergence)
-    # log p first: then the two terms of GDC++ are equal to the last bit where π = p.
-    log_target = log_score.double() - log_z
-    ratio = torch.exp(log_policy.double() - log_proposal)
-    own = 0.0
-    if method == "reinforce":
-        if reward is None:
-            raise ValueError('method "reinforce" needs reward=, one number a text')
-        gain = ratio * reward
-    elif method == "vargrad":
-        gain = _centred(log_score, log_policy)
-    elif method == "fdpg" and divergence not in (None, *_KL):
-        gain, own = _f_gain(divergence, log_target, log_policy.double(), ratio)
-    else:
-        # The KL divergence of "fdpg" too: p/π cannot overflow here while π/q is small.
-        gain = torch.exp(log_target - log_proposal)
-        own = 1.0 if method in ("gdc++", "fdpg") else 0.0
-    kappa = _kappa(baseline, gain, ratio, own, method)
-    # Where κ is 0, π/q does not count, and log π need not be known: π/q may well overflow then.
-    unmoved = isinstance(kappa, float) and kappa == 0
-    result = gain if unmoved else gain - kappa * ratio
-    finite = result.isfinite()
-    if not bool(finite.all()):
-        i = int((~finite).nonzero()[0])
-        raise FloatingPointError(
-            f"the advantage of a text is {result[i].item()}: log P {log_score[i].item():g}, "
-            f"log q {log_proposal[i].item():g}, log π {log_policy[i].item():g}, log Z {log_z}"
-        )
-    return result
+    objective = _named(method, divergence)
+    objective.check(TrainerConfig(baseline=baseline))
+    if method == "reinforce" and reward is None:
+        raise ValueError('method "reinforce" needs reward=, one number a text')
+    z = torch.as_tensor(log_z, dtype=torch.float64).expand(len(log_proposal))
+    batch = Batch(log_proposal, log_score=log_score, log_policy=log_policy, log_z=z, reward=reward)
+    return objective.with_baseline(baseline).advantage(batch)
 
 
-def check_method(
-    method: str, baseline: str | None, divergence: str | tuple[str, float] | None
-) -> None:
-    """Refuses a method without its divergence, and a baseline that does not go with it.
-
-    Raises:
-        ValueError: see above.
-    """
+def _named(method: str, divergence: str | tuple[str, float] | None) -> Objective:
     if method not in METHODS:
         raise ValueError(f"unknown method {method!r}; it must be one of {METHODS}")
-    if method == "fdpg" and divergence is None:
-        raise ValueError('method "fdpg" needs divergence=, e.g. "js"')
-    allowed = {"reinforce": ("none", *_OF_THE_BATCH), "vargrad": ("none",)}.get(
-        method, ("none", "z", *_OF_THE_BATCH)
+    if method == "fdpg":
+        if divergence is None:
+            raise ValueError('method "fdpg" needs divergence=, e.g. "js"')
+        return fdpg(divergence)
+    fixed = {o.name: o for o in (DPG, GDC, GDCPP, REINFORCE, VARGRAD)}
+    return fixed[method]
+
+
+def fdpg(divergence: str | tuple[str, float] | list[Any] | FDivergence) -> FMatching:
+    """Return the objective of f-DPG for a divergence by name, or an `FDivergence` of one's own.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if not isinstance(divergence, FDivergence):
+        # YAML has no tuples.
+        name = tuple(divergence) if isinstance(divergence, list) else divergence
+        divergence = f_divergence(name)
+    at_one = 1.0 if divergence.name in ("kl", "alpha=1") else -divergence.f_prime_at_one
+    return FMatching(kappa=at_one, divergence=divergence)
+
+
+def _log_target(batch: Batch) -> Tensor:
+    """Return log p = log P − log Z, `(N,)`."""
+    return batch.column("log_score").double() - batch.column("log_z")
+
+
+def _ratio(batch: Batch) -> Tensor:
+    """Return π/q, `(N,)`."""
+    return torch.exp(batch.column("log_policy").double() - batch.log_q)
+
+
+def _finite(result: Tensor, batch: Batch) -> Tensor:
+    """Return advantages that must be finite."""
+    finite = result.isfinite()
+    if bool(finite.all()):
+        return result
+    i = int((~finite).nonzero()[0])
+    shown = {
+        "log P": batch.log_score,
+        "log q": batch.log_q,
+        "log π": batch.log_policy,
+        "log Z": batch.log_z,
+    }
+    terms = ", ".join(
+        f"{name} {column[i].item():g}" for name, column in shown.items() if column is not None
     )
-    if baseline is not None and baseline not in allowed:
-        raise ValueError(f"baseline of {method!r} must be None or one of {allowed}: {baseline!r}")
-
-
-def needs_whole_batch(method: str, baseline: str | None) -> bool:
-    """Whether the advantage of a text depends on the other texts of its batch."""
-    return method == "vargrad" or baseline in _OF_THE_BATCH
-
-
-def needs_policy(method: str, baseline: str | None) -> bool:
-    """Whether the advantage of a text depends on log π."""
-    return method not in ("dpg", "gdc") or baseline not in (None, "none")
-
-
-def needs_possible_texts(method: str, divergence: str | tuple[str, float] | None) -> bool:
-    """Whether the advantage of a text with P = 0 is infinite."""
-    if method == "fdpg" and divergence not in (None, *_KL):
-        return math.isinf(f_divergence(divergence).f_prime_at_infinity)
-    return method == "vargrad"
-
-
-def _kappa(
-    baseline: str | None, gain: Tensor, ratio: Tensor, own: float, method: str
-) -> float | Tensor:
-    """κ, a number or `(N,)`, independent of the text it belongs to."""
-    if baseline is None:
-        return own
-    if baseline == "none":
-        return 0.0
-    if baseline == "z":
-        return 1.0 if method in ("dpg", "gdc", "gdc++") else own
-    if baseline == "leave_one_out":
-        return (gain.sum() - gain) / max(len(gain) - 1, 1)
-    even = torch.arange(len(gain)) % 2 == 0
-    of_odd, of_even = (
-        (gain[half] * ratio[half]).sum() / ratio[half].square().sum() for half in (~even, even)
-    )
-    return torch.where(even, of_odd, of_even)
-
-
-def _centred(log_score: Tensor, log_policy: Tensor) -> Tensor:
-    """log P/π less its mean over the other texts, `(N,)`."""
-    impossible = int((log_score == -math.inf).sum())
-    if impossible:
-        raise ValueError(
-            f"vargrad is infinite where P = 0, as for {impossible} of {len(log_score)} texts: take "
-            "GDCpp, or moments instead of hard constraints"
-        )
-    terms = log_score.double() - log_policy
-    n = len(terms)
-    return (terms - terms.mean()) * (n / max(n - 1, 1))
-
-
-def _f_gain(
-    divergence: str | tuple[str, float] | None,
-    log_target: Tensor,
-    log_policy: Tensor,
-    ratio: Tensor,
-) -> tuple[Tensor, float]:
-    """−(π/q) f'(π/p), `(N,)`, and −f'(1)."""
-    if divergence is None:
-        raise ValueError('method "fdpg" needs divergence=, e.g. "js"')
-    f = f_divergence(divergence)
-    impossible = log_target == -math.inf
-    if math.isinf(f.f_prime_at_infinity) and bool(impossible.any()):
-        raise ValueError(
-            f"divergence {f.name!r} is infinite where P = 0, as for {int(impossible.sum())} of "
-            f'{len(impossible)} texts: take "js", "tv" or "kl", or moments instead of hard '
-            "constraints"
-        )
-    return ratio * f.pseudo_reward(log_policy - log_target), -f.f_prime_at_one
+    raise FloatingPointError(f"the advantage of a text is {result[i].item()}: {terms}")

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from dmgen.training.batch import Batch
 
 # The adaptive coefficient follows the KL's relative error up to this size, and whitening divides
 # by a variance that is at least so large.
 _MOST_ERROR, _LEAST_VARIANCE = 0.2, 1e-8
 
 
-def token_rewards(
-    reward: Tensor, log_old: Tensor, log_base: Tensor, mask: Tensor, kl_coefficient: float
-) -> Tensor:
-    """`−β (log π_old(x_t) − log a(x_t))`, and the text's reward on its last token.
+def token_rewards(batch: Batch, kl_coefficient: float) -> Tensor:
+    """Return `−β (log π_old(x_t) − log a(x_t))`, and the text's reward on its last token.
 
     Args:
-        reward: of each text, `(N,)`.
-        log_old, log_base: of each token, `(N, T)`, nats.
-        mask: bool `(N, T)`.
+        batch: with `reward (N,)` and the token columns `log_old`, `log_base` (nats) and `mask`.
         kl_coefficient: β.
 
     Returns:
@@ -26,17 +26,18 @@ def token_rewards(
 
     Source: Ziegler et al. 2019, section 2.
     """
-    rewards = torch.where(mask, kl_coefficient * (log_base - log_old), 0.0)
-    rewards[torch.arange(len(mask)), mask.sum(-1) - 1] += reward
+    columns, mask = batch.tokens, batch.tokens["mask"].bool()
+    rewards = torch.where(mask, kl_coefficient * (columns["log_base"] - columns["log_old"]), 0.0)
+    rewards[torch.arange(len(mask)), mask.sum(-1) - 1] += batch.column("reward")
     return rewards
 
 
 def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> Tensor:
-    """`Â_t = Σ_l (γλ)^l δ_{t+l}`, `δ_t = r_t + γ V_{t+1} − V_t`, V = 0 after the end, `(N, T)`.
+    """Return `Â_t = Σ_l (γλ)^l δ_{t+l}`, `δ_t = r_t + γ V_{t+1} − V_t`, `(N, T)`; V = 0 at the end.
 
     Args:
         rewards: r_t, `(N, T)`, 0 after the end of a text.
-        values: V_t, likewise, what was expected before token t.
+        values: V_t, likewise, the value expected before token t.
         gamma, gae_lambda: γ and λ, in [0, 1].
 
     Source: Schulman et al. 2016, eq. 16.
@@ -52,7 +53,7 @@ def gae(rewards: Tensor, values: Tensor, gamma: float, gae_lambda: float) -> Ten
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
-    """`(x − mean) / sqrt(var + 1e-8)` over the entries with mask, 0 elsewhere, `(N, T)`."""
+    """Return `(x − mean) / sqrt(var + 1e-8)` over the entries with mask, 0 elsewhere, `(N, T)`."""
     seen = x[mask]
     white = (x - seen.mean()) / torch.sqrt(seen.var(correction=0) + _LEAST_VARIANCE)
     return torch.where(mask, white, 0.0)
@@ -62,29 +63,27 @@ def ppo_loss(
     log_pi: Tensor,
     values: Tensor,
     advantage: Tensor,
-    log_old: Tensor,
-    returns: Tensor,
-    old_values: Tensor,
+    drawn: Mapping[str, Tensor],
     *,
     clip: float,
     value_coefficient: float,
 ) -> Tensor:
-    """The loss of each token, to descend; only `log_pi` and `values` are differentiated.
+    """Return the loss of each token, to descend; only `log_pi` and `values` are differentiated.
 
     `max(−Âρ, −Â clip(ρ, 1 ± c)) + ½ v max((V − G)², (clip(V, V_old ± c) − G)²)`, ρ = π/π_old.
 
     Args:
-        log_pi, values: log π and V of each token by now, `(N, T)`.
+        log_pi, values: log π and V of each token now, `(N, T)`.
         advantage: Â.
-        log_old, old_values: log π and V when the texts were drawn.
-        returns: G.
+        drawn: log π and V when the texts were drawn, "log_old" and "values", and "returns", G.
         clip: c.
         value_coefficient: v.
 
     Source: Schulman et al. 2017, eq. 7, turned to a loss, with the value loss of Ziegler et al.
     2019.
     """
-    ratio = torch.exp(log_pi - log_old)
+    old_values, returns = drawn["values"], drawn["returns"]
+    ratio = torch.exp(log_pi - drawn["log_old"])
     of_policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
     near = old_values + (values - old_values).clamp(-clip, clip)
     of_value = torch.maximum((values - returns).square(), (near - returns).square())
@@ -92,7 +91,7 @@ def ppo_loss(
 
 
 def adapted(coefficient: float, kl: float, kl_target: float, horizon: float, n_texts: int) -> float:
-    """The next KL coefficient, `β (1 + clip(KL/kl_target − 1, ±0.2) · n_texts/horizon)`.
+    """Return the next KL coefficient, `β (1 + clip(KL/kl_target − 1, ±0.2) · n_texts/horizon)`.
 
     Source: Ziegler et al. 2019, section 2.2.
     """

@@ -1,19 +1,18 @@
-"""What a batch is drawn from: rows of one draw, mixtures with the base, and when q moves to π."""
+"""The test that moves the proposal: whether the policy is measurably closer to the target."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmgen.estimates import weights as log_weights
-from dmgen.models.protocols import LanguageModel
-from dmgen.models.samples import Samples
-from dmgen.training.config import TrainerConfig
+from dmgen.training.batch import Batch
+from dmgen.training.setup import Setup
+from dmgen.training.state import TrainState, copy_in_one_block
+
+__all__ = ["is_closer", "log_mixture_with_base", "move_proposal", "record_comparison"]
 
 # A one-sided 95 % test: the policy must be closer to the target than the proposal is by this many
 # standard errors, on at least this effective number of texts.
@@ -24,120 +23,53 @@ _MIN_ESS = 20.0
 _MOST_ROUNDS = 20
 
 
-def draw_rows(
-    parts: Sequence[tuple[LanguageModel, int]],
-    rows: range,
-    *,
-    prompt: str,
-    max_new_tokens: int,
-    generator: torch.Generator,
-) -> list[tuple[LanguageModel, Samples]]:
-    """The texts of `rows` of one draw that takes so many texts from each model, in their order.
+def record_comparison(state: TrainState, batch: Batch, setup: Setup) -> None:
+    """Add the texts of a batch to those that policy and proposal are compared on.
 
-    Text i depends on row i of the uniforms alone, so the texts of several processes together are
-    those that one process would draw; the generator ends where it would have ended there.
+    With a fraction of the base, q is the mixture that texts are drawn from, and π makes another
+    one: the two mixtures are compared.
     """
-    drawn = []
-    first = 0
-    for model, n in parts:
-        start, stop = (min(max(edge - first, 0), n) for edge in (rows.start, rows.stop))
-        _skip(start, max_new_tokens, generator)
-        if start < stop:
-            texts = model.sample(
-                stop - start, prompt=prompt, max_new_tokens=max_new_tokens, generator=generator
-            )
-            drawn.append((model, texts))
-        _skip(n - stop, max_new_tokens, generator)
-        first += n
-    return drawn
+    config = setup.config
+    if setup.proposal_rule not in ("kl", "tv"):
+        return
+    log_policy = batch.column("log_policy")
+    if config.base_share:
+        # Of whole texts: not always base_share itself.
+        fraction = config.n_base / config.batch_size
+        log_policy = log_mixture_with_base(log_policy, batch.column("log_base"), fraction)
+    columns = torch.stack([batch.log_w, log_policy - batch.log_q])
+    most = _MOST_ROUNDS * config.proposal_every * config.batch_size
+    state.compared = torch.cat([state.compared, columns], dim=1)[:, -most:]
 
 
-def _skip(n: int, length: int, generator: torch.Generator) -> None:
-    """Passes over the uniforms of `n` texts."""
-    if n > 0:
-        torch.rand(n, length, generator=generator, dtype=torch.float64, device=generator.device)
+def move_proposal(state: TrainState, setup: Setup) -> bool:
+    """Replace q by π if the texts since the last change show that π is closer to the target.
 
-
-def draw_mixture(
-    drawn: Sequence[tuple[LanguageModel, Samples]],
-    base: LanguageModel,
-    q: LanguageModel,
-    share: float,
-) -> tuple[Samples, Tensor, Tensor]:
-    """The texts drawn from q and from the base as one batch from `(1 − share)·q + share·a`.
-
-    Of several processes one can have texts of the base alone; they are of the mixture all the same.
+    A paired test on the very texts trained on, each with the policy as it was then (no text is
+    scored again), so it lags a little behind the policy, on the safe side.
 
     Returns:
-        The samples, whose `log_prob` is that of the mixture; log a and log q, `(N,)`.
+        Whether the proposal was replaced.
     """
-    log_base = torch.cat([s.log_prob if m is base else base.log_prob(s) for m, s in drawn])
-    log_q = torch.cat([s.log_prob if m is q else q.log_prob(s) for m, s in drawn])
-    log_mixture = _mixture(log_q, log_base, share)
-    return replace(Samples.cat([s for _, s in drawn]), log_prob=log_mixture), log_base, log_q
+    log_w, log_ratio = state.compared
+    due = setup.is_due(state, setup.config.proposal_every) and log_w.numel() > 0
+    if not due or not is_closer(setup.proposal_rule, log_w, log_ratio, state.z.log_z):
+        return False
+    if state.proposal is None:
+        state.proposal = copy_in_one_block(state.policy)
+    else:
+        state.proposal.load_state_dict(state.policy.state_dict())
+    state.compared = torch.empty(2, 0, dtype=torch.float64)
+    return True
 
 
-def _mixture(log_q: Tensor, log_base: Tensor, share: float) -> Tensor:
-    return torch.logaddexp(log_q + math.log1p(-share), log_base + math.log(share))
-
-
-def copy_in_one_block(policy: Any) -> Any:
-    """A copy of the policy whose weights lie in one block of memory.
-
-    One by one they would take the gaps that a step's activations have left in the heap, and those
-    of the next step would need more room.
-    """
-    copied = policy.copy()
-    weights = list(copied.parameters())
-    if len({(p.dtype, p.device) for p in weights}) == 1:
-        block = torch.cat([p.detach().flatten() for p in weights])
-        parts = torch.split(block, [p.numel() for p in weights])
-        for p, part in zip(weights, parts, strict=True):
-            p.data = part.view_as(p)
-    return copied
-
-
-class Comparison:
-    """What the texts of the last steps, since q was replaced, say of policy and proposal.
-
-    Args:
-        rule: "kl" or "tv", see `is_closer`; others compare nothing.
-        config: settings of the run.
-    """
-
-    def __init__(self, rule: str, config: TrainerConfig) -> None:
-        # Of whole texts: not always base_share itself.
-        self.rule, self.share = rule, config.n_base / config.batch_size
-        self.most = _MOST_ROUNDS * config.proposal_every * config.batch_size
-        self.clear()
-
-    def clear(self) -> None:
-        """Forgets what was seen: the proposal is another one."""
-        self.seen = torch.empty(2, 0, dtype=torch.float64)
-
-    def add(
-        self, log_w: Tensor, log_q: Tensor, log_policy: Tensor, log_base: Tensor | None
-    ) -> None:
-        """Takes note of a batch, all `(N,)`, nats.
-
-        With a share of the base, q is the mixture that texts are drawn from, and π makes another
-        one: the two mixtures are compared. So there log a must be known.
-        """
-        if self.rule not in ("kl", "tv"):
-            return
-        if log_base is not None:
-            log_policy = _mixture(log_policy, log_base, self.share)
-        batch = torch.stack([log_w, log_policy - log_q])
-        self.seen = torch.cat([self.seen, batch], dim=1)[:, -self.most :]
-
-    def is_won(self, log_z: float) -> bool:
-        """Whether the policy is measurably closer to the target."""
-        log_w, log_ratio = self.seen
-        return bool(log_w.numel()) and is_closer(self.rule, log_w, log_ratio, log_z)
+def log_mixture_with_base(log_q: Tensor, log_base: Tensor, fraction: float) -> Tensor:
+    """Return the log of `(1 − fraction)·q + fraction·a`, `(N,)`, nats."""
+    return torch.logaddexp(log_q + math.log1p(-fraction), log_base + math.log(fraction))
 
 
 def is_closer(rule: str, log_w: Tensor, log_ratio: Tensor, log_z: float) -> bool:
-    """Whether the policy is measurably closer to the target than the proposal is.
+    """Return whether the policy is measurably closer to the target than the proposal is.
 
     A paired test on texts of the proposal, one-sided at 95 %, not a bare comparison.
 
@@ -154,7 +86,7 @@ def is_closer(rule: str, log_w: Tensor, log_ratio: Tensor, log_z: float) -> bool
 
 
 def _gain(rule: str, log_w: Tensor, log_ratio: Tensor, log_z: float) -> tuple[float, float]:
-    """D(p, q) − D(p, π) with its standard error, from the same texts; positive if π is closer."""
+    """Return D(p, q) − D(p, π) with its standard error; positive if π is closer."""
     if rule == "kl":
         value, stderr = log_weights.mean(log_w, log_ratio)
         return float(value), float(stderr)

@@ -22,13 +22,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dmgen.storage import apart, read_json, read_rows, write_json, write_rows
+from dmgen.evaluation.result import Evaluation
+from dmgen.storage import apart, append_row, read_json, read_rows, write_json, write_rows
 
+_METRICS, _EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
 _KEPT_CHECKPOINTS = 2
 
 
 def open_run(folder: Path, *, expected_step: int) -> None:
-    """Makes `folder` ready for a run that stands at `expected_step`.
+    """Prepare `folder` for a run that stands at `expected_step`.
 
     A new run (step 0) needs a folder without a run; one that goes on needs the folder whose last
     row it follows. Rows after the checkpoint that was resumed are cut off, since they will be made
@@ -39,8 +41,7 @@ def open_run(folder: Path, *, expected_step: int) -> None:
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder for the run")
-    metrics = folder / "metrics.jsonl"
-    rows = read_rows(metrics) if metrics.exists() else []
+    rows = read_metrics(folder)
     if expected_step == 0 and (rows or _checkpoints(folder)):
         raise ValueError(
             f"{folder} already holds a run of {len(rows)} steps: give another folder, or go on "
@@ -52,7 +53,7 @@ def open_run(folder: Path, *, expected_step: int) -> None:
             "call sampler.resume(folder) first, or give the folder that its run began in"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for path in (metrics, folder / "evaluations.jsonl"):
+    for path in (folder / _METRICS, folder / _EVALUATIONS):
         if path.exists():
             write_rows(path, _until(read_rows(path), expected_step))
 
@@ -61,10 +62,50 @@ def _until(rows: Iterable[Mapping[str, Any]], step: int) -> list[Mapping[str, An
     return [row for row in rows if row["step"] <= step]
 
 
+def append_metrics(folder: Path, row: Mapping[str, Any]) -> None:
+    """Add a row to the metrics of a run."""
+    append_row(folder / _METRICS, row)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Return the rows of metrics, one a step; none where there is no file."""
+    return _rows(folder / _METRICS)
+
+
+def append_evaluation(
+    folder: Path, step: int, evaluation: Evaluation, *, final: bool = False, seed: int | None = None
+) -> None:
+    """Add an evaluation on fresh samples, made after `step` steps.
+
+    Args:
+        folder: the run folder.
+        step: steps taken.
+        evaluation: its result.
+        final: whether it is the one at the end of a run.
+        seed: of its draws, where it says more than `step`.
+    """
+    facts: dict[str, Any] = {"step": step}
+    if final:
+        facts |= {"final": True, "seed": seed}
+    append_row(folder / _EVALUATIONS, facts | evaluation.to_dict())
+
+
+def read_evaluations(folder: Path) -> list[tuple[int, bool, Evaluation]]:
+    """Return (step, final, evaluation) of each evaluation; none where there is no file."""
+    return [
+        (row["step"], bool(row.get("final")), Evaluation.from_dict(row))
+        for row in _rows(folder / _EVALUATIONS)
+    ]
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return read_rows(path) if path.exists() else []
+
+
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Writes `checkpoints/step-N` so that it exists whole or not at all; keeps the last ones."""
+    """Write `checkpoints/step-N` so that it exists whole or not at all; keeps the last ones."""
     home = folder / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
     for left_by_a_crash in home.glob(".step-*"):
@@ -83,7 +124,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and facts of the last checkpoint.
+    """Return tensors and facts of the last checkpoint.
 
     Raises:
         ValueError: the folder holds no checkpoint.
@@ -97,12 +138,12 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Whether a run can go on from a checkpoint."""
+    """Return whether a run can go on from a checkpoint."""
     return bool(_checkpoints(folder))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints of a run, the oldest first."""
+    """Return the whole checkpoints of a run, the oldest first."""
     found = {
         int(path.name.removeprefix("step-")): path
         for path in (folder / "checkpoints").glob("step-*")

@@ -1,0 +1,107 @@
+"""`Batch`: the texts of one training step with everything that is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dmgen.models.samples import Samples
+
+__all__ = ["Batch"]
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """N texts of all processes as float64 columns on the CPU; None where a column is unknown.
+
+    Attributes:
+        log_q: log-probability under the distribution that the texts were drawn from, `(N,)`, nats.
+        samples: the texts of this process, a contiguous part of the N; all of them in one process.
+        features: values by feature name, each `(N,)`.
+        log_score: log P, unnormalised, `(N,)`, nats; `-inf` where a constraint is violated.
+        log_base: log a, `(N,)`, nats.
+        log_policy: log π, `(N,)`, nats, detached.
+        log_z: log Z, `(N,)`, nats, one entry a text: texts of one prompt share it.
+        reward: reward of each text, `(N,)`, for objectives that maximise one.
+        tokens: columns `(N, T)` by name, 0 where a text has ended; which, the objective says.
+        first: row of this process's first text.
+        is_new: whether the weights have not been counted in the running Z yet.
+        from_proposal: whether the texts were drawn from the current proposal.
+    """
+
+    log_q: Tensor
+    samples: Samples | None = None
+    features: Mapping[str, Tensor] = field(default_factory=dict)
+    log_score: Tensor | None = None
+    log_base: Tensor | None = None
+    log_policy: Tensor | None = None
+    log_z: Tensor | None = None
+    reward: Tensor | None = None
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    first: int = 0
+    is_new: bool = True
+    from_proposal: bool = True
+
+    def __len__(self) -> int:
+        return len(self.log_q)
+
+    def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Batch:
+        """Return the chosen rows; they must be rows of this process where there are samples."""
+        rows = torch.arange(len(self))[index]
+
+        def of(column: Tensor | None) -> Tensor | None:
+            return None if column is None else column[rows]
+
+        return replace(
+            self,
+            log_q=self.log_q[rows],
+            samples=None if self.samples is None else self.samples[rows - self.first],
+            features={name: column[rows] for name, column in self.features.items()},
+            log_score=of(self.log_score),
+            log_base=of(self.log_base),
+            log_policy=of(self.log_policy),
+            log_z=of(self.log_z),
+            reward=of(self.reward),
+            tokens={name: column[rows] for name, column in self.tokens.items()},
+            first=0,
+        )
+
+    @property
+    def texts(self) -> Samples:
+        """The texts of this process.
+
+        Raises:
+            ValueError: the batch consists of columns alone.
+        """
+        if self.samples is None:
+            raise ValueError("this batch has columns but no texts")
+        return self.samples
+
+    @property
+    def own(self) -> slice:
+        """The rows of this process."""
+        return slice(self.first, self.first + len(self.texts))
+
+    def column(self, name: str) -> Tensor:
+        """Return a column that must be known, `(N,)`.
+
+        Raises:
+            ValueError: it is unknown.
+        """
+        value = getattr(self, name)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"this batch does not know {name}: its source must give it")
+        return value
+
+    def with_(self, **columns: Any) -> Batch:
+        """Return the batch with these fields replaced."""
+        return replace(self, **columns)
+
+    @property
+    def log_w(self) -> Tensor:
+        """Log-weights log P − log q, `(N,)`, nats."""
+        return self.column("log_score") - self.log_q

@@ -1,0 +1,159 @@
+"""`Rollout`: batches of texts drawn from the proposal, the base, or the texts of the fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dmgen.models.samples import Samples
+from dmgen.training.batch import Batch
+from dmgen.training.proposal import log_mixture_with_base
+from dmgen.training.setup import Setup
+from dmgen.training.state import TrainState
+
+__all__ = ["Rollout", "Source", "draw_rows"]
+
+
+class Source(Protocol):
+    """A source of training data."""
+
+    def batches(self, state: TrainState) -> Iterator[Batch]:
+        """Yield batches without end; each is made from the state as it is when asked for."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Rollout:
+    """Draw each batch from the current proposal, with a fraction of the base if requested."""
+
+    setup: Setup
+
+    def batches(self, state: TrainState) -> Iterator[Batch]:
+        """Yield batches without end, see `Source`."""
+        while True:
+            yield self.draw(state)
+
+    def draw(self, state: TrainState) -> Batch:
+        """Return the texts of one step with log P, log q, features, and log a, log π if free.
+
+        log q is recorded while drawing; it is never computed again.
+        """
+        setup = self.setup
+        own = self._from_fit(state) or self._from_models(state)
+        target, gather = setup.target, setup.processes.gather
+        tokens = setup.objective.draw_columns(state, own, target)
+        if "log_base" in tokens:
+            own = own.with_(log_base=tokens["log_base"].sum(-1))
+        log_score = target.log_score(own.texts, base_log_prob=own.log_base)
+        return own.with_(
+            log_q=gather(own.log_q),
+            log_score=gather(log_score),
+            features={k: gather(v) for k, v in target.values(own.texts).items()},
+            log_policy=None if own.log_policy is None else gather(own.log_policy),
+            log_base=None if own.log_base is None else gather(own.log_base),
+            tokens={k: gather(v) for k, v in tokens.items()},
+            first=setup.rows.start,
+        )
+
+    def _from_fit(self, state: TrainState) -> Batch | None:
+        """Return texts that λ was fitted on, while there are whole batches of unused ones."""
+        setup = self.setup
+        config, texts = setup.config, setup.target.fit_samples
+        first = state.step * config.batch_size
+        if not config.first_batches_from_fit or texts is None:
+            return None
+        if first + config.batch_size > len(texts):
+            return None
+        samples = texts[first + setup.rows.start : first + setup.rows.stop]
+        return Batch(
+            samples.log_prob,
+            samples,
+            log_base=samples.log_prob,
+            is_new=False,  # the running Z began with the texts of the fit
+            # They are the base's, whatever the proposal is.
+            from_proposal=setup.proposal(state) is setup.target.base,
+        )
+
+    def _from_models(self, state: TrainState) -> Batch:
+        """Return this process's texts, freshly drawn."""
+        setup, proposal = self.setup, self.setup.proposal(state)
+        target, size = setup.target, setup.config.batch_size
+        n_base = 0 if proposal is target.base else setup.config.n_base
+        drawn = draw_rows(
+            [(target.base, n_base), (proposal, size - n_base)],
+            setup.rows,
+            prompt=target.prompt,
+            max_new_tokens=target.max_new_tokens,
+            generator=state.generator,
+        )
+        if n_base:
+            return self._mixture(drawn, proposal, n_base / size, proposal is state.policy)
+        samples = drawn[0][1]
+        log_q = samples.log_prob
+        return Batch(
+            log_q,
+            samples,
+            log_base=log_q if proposal is target.base else None,
+            log_policy=log_q if proposal is state.policy else None,
+        )
+
+    def _mixture(
+        self,
+        drawn: Sequence[tuple[Any, Samples]],
+        proposal: Any,
+        fraction: float,
+        on_policy: bool,
+    ) -> Batch:
+        """Return the texts of proposal and base as one batch from their mixture.
+
+        One of several processes may hold texts of the base alone; they are of the mixture too.
+        """
+        base = self.setup.target.base
+
+        def score(model: Any) -> Tensor:
+            return torch.cat([s.log_prob if m is model else model.log_prob(s) for m, s in drawn])
+
+        log_base, log_proposal = score(base), score(proposal)
+        log_q = log_mixture_with_base(log_proposal, log_base, fraction)
+        samples = replace(Samples.cat([s for _, s in drawn]), log_prob=log_q)
+        return Batch(
+            log_q, samples, log_base=log_base, log_policy=log_proposal if on_policy else None
+        )
+
+
+def draw_rows(
+    parts: Sequence[tuple[Any, int]],
+    rows: range,
+    *,
+    prompt: str,
+    max_new_tokens: int,
+    generator: torch.Generator,
+) -> list[tuple[Any, Samples]]:
+    """Return the texts of `rows` of one draw that takes n texts of each model, in their order.
+
+    Text i depends on row i of the uniforms alone, so the texts of several processes together are
+    those that one process would draw; the generator ends where it would have ended there.
+    """
+    drawn = []
+    first = 0
+    for model, n in parts:
+        start, stop = (min(max(edge - first, 0), n) for edge in (rows.start, rows.stop))
+        _skip(start, max_new_tokens, generator)
+        if start < stop:
+            texts = model.sample(
+                stop - start, prompt=prompt, max_new_tokens=max_new_tokens, generator=generator
+            )
+            drawn.append((model, texts))
+        _skip(n - stop, max_new_tokens, generator)
+        first += n
+    return drawn
+
+
+def _skip(n: int, length: int, generator: torch.Generator) -> None:
+    """Pass over the uniforms of `n` texts."""
+    if n > 0:
+        torch.rand(n, length, generator=generator, dtype=torch.float64, device=generator.device)
