@@ -6,7 +6,6 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import zip_longest
 from typing import Any
 
 import pandas as pd
@@ -14,6 +13,7 @@ import pandas as pd
 from dmgen.estimates.score import Score, finite
 from dmgen.evaluation.verdicts import TOLERANCE
 from dmgen.models.samples import Samples
+from dmgen.table import aligned
 
 # With fewer effective texts, the delta method's errors are not to be believed.
 _FEW = 100
@@ -130,7 +130,7 @@ class Evaluation:
             for order in sorted({order for _, order in by_order}):
                 base, policy = by_order["base", order], by_order["policy", order]
                 lines.append([f"{label}-{order}", "", str(base), "", str(policy)])
-        table = _aligned(lines)
+        table = aligned(lines)
         if self.ess < _FEW:
             table += (
                 "\nToo few texts count for p: what concerns it may be further off than its errors "
@@ -176,12 +176,3 @@ def _row(metric: str, model: str, score: Score) -> dict[str, Any]:
 
 def _text(target: float | tuple[float, float]) -> str:
     return "{:g} to {:g}".format(*target) if isinstance(target, tuple) else f"{target:g}"
-
-
-def _aligned(lines: list[list[str]]) -> str:
-    """Cells in columns, each as wide as its widest cell."""
-    widths = [max(len(cell) for cell in column) for column in zip_longest(*lines, fillvalue="")]
-    return "\n".join(
-        "  ".join(f"{cell:{width}}" for cell, width in zip(line, widths, strict=False)).rstrip()
-        for line in lines
-    )

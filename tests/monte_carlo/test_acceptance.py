@@ -219,7 +219,7 @@ def test_beta_accepts_the_share_asked_for_and_is_the_largest_to_do_so(lw, rate):
     log_w = torch.tensor(lw, dtype=torch.float64)
     share = float((log_w > -INF).double().mean())
     if share < rate:
-        with pytest.raises(ValueError, match=r"ask for at most"):
+        with pytest.raises(ValueError, match=r"take at most"):
             acceptance.log_beta_for(log_w, rate)
         return
     log_beta = acceptance.log_beta_for(log_w, rate)
@@ -295,7 +295,7 @@ def test_chances_above_one_are_refused():
 
 def test_lengths_and_probabilities_must_fit():
     lw = torch.zeros(3)
-    with pytest.raises(ValueError, match="log_w has 3 samples, log_accept 2"):
+    with pytest.raises(ValueError, match="log_accept has 2 samples, the others 3"):
         acceptance.tv(lw, torch.zeros(2))
     for probs in (torch.ones(3), torch.tensor([0.5, 0.5]), torch.tensor([1.5, -0.5, 0.0])):
         with pytest.raises(ValueError, match="probs must be 3 numbers >= 0 with sum 1"):
