@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dmgen import models
+from dmgen import models, storage
 from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.experiment.config import RunConfig, absolute_path
 from dmgen.models.protocols import LanguageModel
@@ -124,7 +125,37 @@ def load_target(folder: Path, config: RunConfig, base: LanguageModel) -> EBM:
     Raises:
         ValueError: `target.json` is missing, or not that of `config`.
     """
-    return EBM.load(folder, base, build_constraints(config, base))
+    path = folder / "target.json"
+    if not path.is_file():
+        raise ValueError(f"there is no target in {folder}: {path} is missing")
+    return target_from_dict(storage.read_json(path), config, base, path)
+
+
+def target_from_dict(
+    mapping: Mapping[str, Any], config: RunConfig, base: LanguageModel, path: Path
+) -> EBM:
+    """Return the target that `TargetFit.to_dict` wrote, with the features of a configuration.
+
+    Args:
+        mapping: plain values of a `TargetFit`.
+        config: the configuration of its run.
+        base: the base of the target.
+        path: file of the mapping, for messages.
+
+    Raises:
+        ValueError: the mapping is not a target, or another one than that of `config`.
+    """
+    try:
+        fit = TargetFit.from_dict(mapping, build_constraints(config, base))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    target = EBM.from_fit(base, fit)
+    # Through JSON, which has no tuples.
+    requested = json.loads(json.dumps(target.to_dict()))
+    requested |= {"prompt": config.prompt, "max_new_tokens": config.max_new_tokens}
+    if any(mapping.get(key) != value for key, value in requested.items()):
+        raise ValueError(f"{path} holds another target than its configuration asks for")
+    return target
 
 
 def build_trainer(config: RunConfig, policy: Any, target: EBM) -> Trainer:
