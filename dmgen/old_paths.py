@@ -18,7 +18,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "dmgen.dual": ("dmgen.target.dual", "dmgen.target.newton", "dmgen.target.reachability"),
     "dmgen.ebm": ("dmgen.target.ebm",),
     "dmgen.exact": ("dmgen.target.exact",),
-    "dmgen.factor": ("dmgen.target.factor",),
+    "dmgen.factor": ("dmgen.target.factor", "dmgen.target.fit"),
     "dmgen.features.classifiers": (
         "dmgen.features.classifier",
         "dmgen.features.classifier_head",
@@ -46,7 +46,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "dmgen.models.random_draws",
     ),
     "dmgen.models.causal": ("dmgen.models.causal_lm",),
-    "dmgen.moments": ("dmgen.target.moments",),
+    "dmgen.moments": ("dmgen.target.moments", "dmgen.target.moment_fit"),
     "dmgen.run_config": ("dmgen.experiment.config",),
     "dmgen.runs": ("dmgen.storage", "dmgen.training.run_folder", "dmgen.experiment.versions"),
     "dmgen.samplers": ("dmgen.training", "dmgen.monte_carlo"),

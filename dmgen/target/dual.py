@@ -30,7 +30,7 @@ class Rows:
 
     phi: Array  # (U, K)
     log_w: Array  # (U,) log of the sum of the weights in the row
-    share: Array  # (U,) Σw² / (Σw)² in the row: 1 for a single sample
+    concentration: Array  # (U,) Σw² / (Σw)² in the row: 1 for a single sample
     counts: Array  # (U,) samples in the row
     n: int  # samples with positive weight
 
@@ -54,9 +54,9 @@ class Rows:
         top = np.maximum.reduceat(log_w, starts)
         w = np.exp(log_w - np.repeat(top, counts))
         total = np.add.reduceat(w, starts)
-        share = np.add.reduceat(w * w, starts) / total**2
+        concentration = np.add.reduceat(w * w, starts) / total**2
         first = order[starts]
-        return cls(phi[first], top + np.log(total), share, counts.astype(np.float64), n)
+        return cls(phi[first], top + np.log(total), concentration, counts.astype(np.float64), n)
 
     def tilt(self, lambdas: Array) -> tuple[float, Array]:
         """Return `log Σ w exp(lambda·phi)` and the probabilities (U,) of the rows under p."""

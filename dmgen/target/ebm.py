@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dmgen.constraints.constraint import Moment, Pointwise
+from dmgen.constraints.constraint import Moment
 from dmgen.constraints.feature import Feature
 from dmgen.estimates import weights as log_weights
 from dmgen.estimates.score import Score
 from dmgen.features.rewards import reward_function
 from dmgen.models.protocols import LanguageModel
 from dmgen.models.samples import Samples
-from dmgen.target import factor
+from dmgen.target import constraint_rows, factor
 from dmgen.target.exact import Exact
 from dmgen.target.factor import Constraint, constraint_mean
-from dmgen.target.moments import MomentFit
-
-# Texts whose feature values are remembered; about 100 bytes each beside the text itself.
-_CACHED_TEXTS = 100_000
+from dmgen.target.feature_cache import FeatureCache
+from dmgen.target.fit import TargetFit, fit
+from dmgen.target.moment_fit import MomentFit
+from dmgen.validation import check_integer
 
 
 class EBM:
@@ -31,7 +32,8 @@ class EBM:
 
     `log P(x) = log a(x) + Σ_j log b_j(x) + λ·φ(x)`, with b_j in {0, 1} one factor a `Pointwise`
     and one λ a `Moment` (Khalifa et al. 2021, eq. 3). λ = ±inf is a hard factor: the binary feature
-    must be 1 (0) for every text. `print(target)` shows what is asked and how λ was found.
+    must be 1 (0) for every text. `print(target)` shows the constraints and the fit of λ. Two
+    targets are equal when their base and `fitted` are.
 
     Args:
         base: the language model a.
@@ -40,16 +42,11 @@ class EBM:
         prompt: the prompt of every text.
         max_new_tokens: the longest text in tokens; None takes the base's own.
 
-    Attributes (None, or empty, unless made by `fit` or `refit`):
-        moment_fit: how λ was found, a row a soft `Moment`. Its moments and hits are those of the
-            texts that satisfy the pointwise part; log Z and KL(p‖a) refer to the whole base.
-        log_z: log Z against the base, nats, for this very λ.
-        base_moments: mean of each constraint's feature under the base, by the constraint's name;
-            among the texts with its condition if it has one.
-        fit_samples: what `fit` drew from the base.
+    Attributes:
+        fit_samples: the texts that `fit` drew from the base; None for any other target.
 
     Raises:
-        TypeError: something else than a constraint is among the constraints.
+        TypeError: constraints holds something other than constraints.
         ValueError: there are no constraints, two features share a name, the number of lambdas is
             not that of the moments, or one is infinite where no hard factor is meant.
     """
@@ -63,30 +60,80 @@ class EBM:
         prompt: str = "",
         max_new_tokens: int | None = None,
     ) -> None:
-        self.base = base
-        self.constraints = list(constraints)
-        self.prompt = prompt
-        self.max_new_tokens = int(base.max_new_tokens if max_new_tokens is None else max_new_tokens)
-        self.features = _distinct_features(self.constraints)
-        self.moment_fit: MomentFit | None = None
-        self.log_z: Score | None = None
-        self.base_moments: dict[str, Score] = {}
-        # They serve the trainer as a start for Z and as first batches.
-        self.fit_samples: Samples | None = None
-        self._binary = {feature.name: True for feature in self.features}
-        self._cache: dict[tuple[str, str], tuple[float, ...]] = {}
-        if lambdas is None and self.moments:
-            names = ", ".join(repr(m.name) for m in self.moments)
+        moments = [c for c in constraints if isinstance(c, Moment)]
+        if lambdas is None and moments:
+            names = ", ".join(repr(m.name) for m in moments)
             raise ValueError(
                 f"the moments of {names} need lambdas: use EBM.fit(base, constraints), or pass "
-                f"lambdas=[...] with {len(self.moments)} numbers"
+                f"lambdas=[...] with {len(moments)} numbers"
             )
-        self.lambdas = _checked_lambdas([] if lambdas is None else lambdas, self.moments)
+        self.base = base
+        self._fitted = TargetFit(
+            constraints,
+            torch.as_tensor([] if lambdas is None else lambdas, dtype=torch.float64),
+            prompt,
+            base.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        )
+        self._features = FeatureCache(self.features)
+        # The trainer's first estimate of Z and first batches.
+        self.fit_samples: Samples | None = None
+
+    @property
+    def fitted(self) -> TargetFit:
+        """The target beside its base, a value."""
+        return self._fitted
+
+    @property
+    def constraints(self) -> list[Constraint]:
+        """The constraints, in the order given."""
+        return list(self.fitted.constraints)
 
     @property
     def moments(self) -> list[Moment]:
         """The `Moment` constraints, in the order of `lambdas`."""
-        return [c for c in self.constraints if isinstance(c, Moment)]
+        return self.fitted.moments
+
+    @property
+    def features(self) -> list[Feature]:
+        """The features of all constraints, each once."""
+        return self.fitted.features
+
+    @property
+    def lambdas(self) -> Tensor:
+        """λ of the moments, float64 `(K,)`, nats; ±inf for a hard factor."""
+        return self.fitted.lambdas
+
+    @property
+    def prompt(self) -> str:
+        """The prompt of every text."""
+        return self.fitted.prompt
+
+    @property
+    def max_new_tokens(self) -> int:
+        """The longest text in tokens."""
+        return self.fitted.max_new_tokens
+
+    @property
+    def moment_fit(self) -> MomentFit | None:
+        """The fit of λ, a row for each soft `Moment`; None for λ that was passed.
+
+        Its moments and hits are those of the texts that satisfy the pointwise part; log Z and
+        KL(p‖a) refer to the whole base.
+        """
+        return self.fitted.moment_fit
+
+    @property
+    def log_z(self) -> Score | None:
+        """Log Z against the base for this λ, nats; None if λ was passed."""
+        return self.fitted.log_z
+
+    @property
+    def base_moments(self) -> Mapping[str, Score]:
+        """Mean of each constraint's feature under the base, by the constraint's name.
+
+        It is the mean among the texts with the condition, if there is one; empty if λ was passed.
+        """
+        return self.fitted.base_moments
 
     @classmethod
     def fit(
@@ -102,26 +149,27 @@ class EBM:
         generator: torch.Generator | None = None,
         proposal: LanguageModel | None = None,
     ) -> EBM:
-        """The target whose moments hold, with λ fitted on `n_samples` texts of the base.
+        """Return the target whose moments hold, with λ fitted on `n_samples` texts of the base.
 
         Minimises the convex dual `log E_a[b e^{λ·φ}] − λ·μ̄` (`moments.fit_lambdas`) on the texts
         that satisfy the pointwise part. A `Moment` of a binary feature with target 0 (1) becomes a
         hard factor, λ = -inf (inf).
 
         Args:
+            base, constraints, prompt, max_new_tokens: as in `EBM`.
             n_samples: texts drawn for the fit.
-            n_heldout: texts drawn after them, of which λ knows nothing, to check the moments on
+            n_heldout: texts drawn after them, which do not shape λ, to check the moments on
                 (`moment_fit.moments_heldout`); 0 for no check.
-            proposal: draw from this model instead, and weigh with a/q; for features that the base
-                hardly ever shows.
-            (the others as in `EBM` and `LanguageModel.sample`)
+            seed, generator: as in `LanguageModel.sample`.
+            proposal: model to draw from instead of the base, with weights a/q; for features that
+                are rare under the base.
 
         Raises:
-            MomentsUnreachable: no λ gives these moments on what was seen; says which and why.
+            MomentsUnreachable: no λ gives these moments on the texts; the message says which
+                moments and why.
             ValueError: n_samples or n_heldout is out of range, or both seed and generator given.
         """
-        if n_heldout < 0:
-            raise ValueError(f"n_heldout must be at least 0, got {n_heldout}")
+        check_integer("n_heldout", n_heldout, least=0)
         target = cls(
             base,
             constraints,
@@ -130,7 +178,7 @@ class EBM:
             max_new_tokens=max_new_tokens,
         )
         if n_heldout and generator is None:
-            # One stream for both draws; the first is what `seed` alone would give.
+            # One stream for both draws; the first is equal to that of `seed` alone.
             generator = torch.Generator()
             generator.seed() if seed is None else generator.manual_seed(seed)
             seed = None
@@ -153,27 +201,28 @@ class EBM:
         return target
 
     def refit(self, drawn: Sequence[tuple[LanguageModel, Samples]]) -> EBM:
-        """A new target with the same constraints and λ fitted on the texts of several models.
+        """Return a target with the same constraints and λ fitted on the texts of several models.
 
-        All texts are pooled with the balance heuristic: each counts with a/m, m the mixture of the
-        models in proportion to how many texts each gave. A feature that the base shows twice in
-        10,000 texts is nailed down once a better model has been trained:
-        `target.refit([(base, target.fit_samples), (policy, policy.sample(10_240, prompt=...,
-        max_new_tokens=...))])`, both as the target has them.
+        All texts are pooled with the balance heuristic: each has the weight a/m, m the mixture of
+        the models in proportion to their numbers of texts. For a feature that is rare under the
+        base, texts of a trained policy make λ precise:
+        `target.refit([(base, target.fit_samples), (policy, policy.sample(10_240,
+        prompt=target.prompt, max_new_tokens=target.max_new_tokens))])`.
 
         Args:
-            drawn: models with the texts that each of them drew, as it is now; the base may be
-                absent. Every text is scored under every model.
+            drawn: models with the texts that each of them drew in its present state; the base may
+                be absent. Every text is scored under every model.
 
         Raises:
             MomentsUnreachable: as in `fit`.
-            ValueError: nothing was given, or texts of another prompt or another longest length.
+            ValueError: drawn is empty, or texts have another prompt or another longest length.
 
-        Source: Veach and Guibas 1995 (balance heuristic), see `log_weights.balance_heuristic`.
+        Source:
+            Veach and Guibas 1995 (balance heuristic), see `log_weights.balance_heuristic`.
         """
         if not drawn:
             raise ValueError("refit needs at least one (model, samples)")
-        parts = [own for _, own in drawn]
+        parts = [part for _, part in drawn]
         pooled = Samples.cat(parts)
         if set(pooled.prompts) != {self.prompt}:
             raise ValueError(
@@ -187,15 +236,7 @@ class EBM:
                 f"were drawn with at most {lengths}: draw them with "
                 "max_new_tokens=target.max_new_tokens"
             )
-        # Under the model that drew it, the log-probability of a text is recorded and exact.
-        columns = [
-            torch.cat([s.log_prob if i == m else model.log_prob(s) for i, s in enumerate(parts)])
-            for m, (model, _) in enumerate(drawn)
-        ]
-        known = [c for c, (model, _) in zip(columns, drawn, strict=True) if model is self.base]
-        log_base = known[0] if known else self.base.log_prob(pooled)
-        counts = torch.tensor([len(part) for part in parts])
-        log_w = log_weights.balance_heuristic(log_base, torch.stack(columns, dim=1), counts)
+        log_w = _pooled_log_weights(self.base, drawn)
         target = EBM(
             self.base,
             self.constraints,
@@ -203,13 +244,13 @@ class EBM:
             prompt=self.prompt,
             max_new_tokens=self.max_new_tokens,
         )
-        # The same features: what they said of a text is not asked again.
-        target._cache, target._binary = self._cache, self._binary
+        target._features = self._features
+        counts = torch.tensor([len(part) for part in parts])
         target._fit(pooled, log_w, torch.arange(len(parts)).repeat_interleave(counts))
         return target
 
     def exact(self) -> Exact:
-        """The exact log Z, moments, divergences and distribution, if the base can list its texts.
+        """Return the exact log Z, moments and distribution, if the base can list its texts.
 
         Raises:
             TypeError: the base has no `enumerate()`.
@@ -234,59 +275,47 @@ class EBM:
         return Exact(samples, samples.log_prob, log_score - log_z, log_z, base_moments, moments)
 
     def values(self, samples: Samples) -> dict[str, Tensor]:
-        """Feature values, float64 `(N,)`, by feature name; each text is looked at once.
+        """Return feature values, float64 `(N,)`, by feature name; each text is evaluated once.
 
         Raises:
-            FeatureError: a feature raises or returns something else than a finite number.
+            FeatureError: a feature raises or returns something other than a finite number.
         """
-        return self._values(samples.prompts, samples.texts)
-
-    def _values(self, prompts: Sequence[str], texts: Sequence[str]) -> dict[str, Tensor]:
-        keys = list(zip(prompts, texts, strict=True))
-        new = list(dict.fromkeys(key for key in keys if key not in self._cache))
-        if new:
-            texts, prompts = [text for _, text in new], [prompt for prompt, _ in new]
-            columns = []
-            for feature in self.features:
-                column, binary = feature.evaluate(texts, prompts)
-                self._binary[feature.name] &= binary
-                columns.append(column.tolist())
-            self._cache.update(zip(new, zip(*columns, strict=True), strict=True))
-        table = torch.tensor([self._cache[key] for key in keys], dtype=torch.float64)
-        table = table.reshape(len(keys), len(self.features))  # (N, F), for no texts too
-        for key in list(islice(self._cache, max(0, len(self._cache) - _CACHED_TEXTS))):
-            del self._cache[key]  # the oldest first
-        return {f.name: table[:, j] for j, f in enumerate(self.features)}
+        return self._features.values(samples.prompts, samples.texts)
 
     def log_factor(self, values: dict[str, Tensor]) -> Tensor:
-        """`Σ_j log b_j + λ·φ` for feature values by name, float64 `(N,)`, nats; `-inf` is legal."""
+        """Return `Σ_j log b_j + λ·φ`, float64 `(N,)`, nats, for feature values by name.
+
+        It is `-inf` where a hard constraint is violated.
+        """
         return factor.log_factor(self.constraints, self.lambdas, values)
 
     def log_score(self, samples: Samples, *, base_log_prob: Tensor | None = None) -> Tensor:
-        """`log P(x)`, float64 `(N,)`, nats, unnormalised; `-inf` where a constraint is violated.
+        """Return `log P(x)`, float64 `(N,)`, nats, unnormalised.
+
+        It is `-inf` where a hard constraint is violated or the base assigns probability 0.
 
         Args:
             samples: texts of any model.
-            base_log_prob: log a(x), where it is known; the base is not run again then. Texts that
-                violate a constraint are never scored.
+            base_log_prob: log a(x), if it is known; None runs the base on the texts that violate
+                no constraint.
 
         Raises:
             FeatureError: a feature fails, or is not 0 or 1 where it must be.
             ValueError: the base gave NaN or `+inf`.
         """
         log_b = self.log_factor(self.values(samples))
-        possible = log_b > -math.inf
+        allowed = log_b > -math.inf
         log_a = torch.zeros_like(log_b)
         if base_log_prob is not None:
             log_a = base_log_prob
-        elif possible.any():
-            log_a[possible] = self.base.log_prob(samples[possible])
-        # A text that the base cannot say stays -inf; a masked one may hold anything.
-        log_score = torch.where(possible, log_a + log_b, -math.inf)
+        elif allowed.any():
+            log_a[allowed] = self.base.log_prob(samples[allowed])
+        # Where a constraint is violated, base_log_prob may hold anything, NaN too.
+        log_score = torch.where(allowed, log_a + log_b, -math.inf)
         return log_weights.check_log_weights(log_score, "log P") if len(samples) else log_score
 
     def as_reward(self, beta: float = 1.0, *, floor: float = -20.0) -> Callable[..., list[float]]:
-        """`r = β (Σ_j log b_j + λ·φ)` as a reward function of TRL's kind, one number a completion.
+        """Return `r = β (Σ_j log b_j + λ·φ)` as a TRL reward function, one number a completion.
 
         `E_π[r] − β KL(π‖a) = β log Z − β KL(π‖p)` for every π, so KL-regularised RL from this base
         has p as its optimum: TRL's `RLOOTrainer` with this `beta` and `disable_dropout=True`.
@@ -294,14 +323,16 @@ class EBM:
 
         Args:
             beta: the trainer's KL coefficient, > 0.
-            floor: rewards must be finite, so a violated hard constraint counts `floor`, nats, not
-                `-inf`; the optimum then gives violations at most `e^floor E_a[e^{λ·φ}] / Z`.
+            floor: log-factor of a violated hard constraint, nats, in place of `-inf`, for rewards
+                must be finite; the optimum then gives violations a probability of at most
+                `e^floor E_a[e^{λ·φ}] / Z`.
 
-        Source: Korbak, Elsahar, Kruszewski, Dymetman (2022), arXiv:2206.00761, section 3.
+        Source:
+            Korbak, Elsahar, Kruszewski, Dymetman (2022), arXiv:2206.00761, section 3.
         """
 
         def log_factors(texts: list[str], prompts: list[str]) -> Tensor:
-            values = self._values(prompts, texts)
+            values = self._features.values(prompts, texts)
             columns = [
                 factor.log_factor([c], torch.tensor([weight], dtype=torch.float64), values)
                 for c, weight in factor.with_lambdas(self.constraints, self.lambdas)
@@ -311,109 +342,95 @@ class EBM:
         return reward_function(log_factors, beta=beta, floor=floor)
 
     def to_dict(self) -> dict[str, Any]:
-        """What defines the target beside its base, in plain types: names, targets, λ, prompt."""
-        # JSON has no infinity, so λ is text there.
-        rows: list[dict[str, Any]] = [
-            {"pointwise": c.name}
-            if isinstance(c, Pointwise)
-            else {"moment": c.name, "target": c.target, "lambda": repr(weight)}
-            for c, weight in factor.with_lambdas(self.constraints, self.lambdas)
-        ]
+        """Return what defines the target beside its base: names, targets, λ as text, prompt."""
+        pairs = factor.with_lambdas(self.constraints, self.lambdas)
         return {
-            "constraints": rows,
+            "constraints": [constraint_rows.row(c, weight) for c, weight in pairs],
             "prompt": self.prompt,
             "max_new_tokens": self.max_new_tokens,
         }
 
+    def save(self, folder: str | Path) -> None:
+        """Write `target.json` into the folder: everything but the base and `fit_samples`."""
+        self.fitted.save(folder)
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | Path,
+        base: LanguageModel,
+        constraints: Sequence[Constraint] | None = None,
+    ) -> EBM:
+        """Return the target that `save` wrote, equal to the original for the same base.
+
+        Args:
+            folder: the folder of `target.json`.
+            base: the language model a.
+            constraints: the constraints as objects; None makes them from their YAML forms, see
+                `TargetFit.from_dict`.
+
+        Raises:
+            ValueError: the file is missing or damaged, or holds another target.
+        """
+        return cls.from_fit(base, TargetFit.load(folder, constraints))
+
+    @classmethod
+    def from_fit(cls, base: LanguageModel, fit: TargetFit) -> EBM:
+        """Return the target of a base and a fit."""
+        target = cls(
+            base,
+            fit.constraints,
+            fit.lambdas,
+            prompt=fit.prompt,
+            max_new_tokens=fit.max_new_tokens,
+        )
+        target._fitted = fit
+        return target
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, EBM):
+            return NotImplemented
+        return self.base == other.base and self.fitted == other.fitted
+
     def __str__(self) -> str:
-        """What is asked, how often the base does it already, and how λ was found."""
-        width = max(len(c.name) for c in self.constraints)
-        lines = []
-        for constraint, weight in factor.with_lambdas(self.constraints, self.lambdas):
-            base = self.base_moments.get(constraint.name)
-            line = f"{constraint.name:{width}}  {_asked(constraint):16}"
-            line += "" if base is None else f"  base {base!s:18}"
-            lines.append(line + ("  hard" if math.isinf(weight) else f"  lambda {weight:.4g}"))
-        fit = self.moment_fit
-        if fit is None:
-            lines += [] if self.log_z is None else [f"log Z {self.log_z}"]
-            return "\n".join(lines)
-        soft = factor.soft_moments(self.constraints, self.lambdas)
-        if soft:
-            lines += ["", str(fit)]
-        else:
-            kl = Score(fit.kl_target_base, fit.kl_target_base_stderr, fit.n_samples)
-            lines.append(
-                f"ESS {fit.ess:,.0f} of {fit.n_samples:,} samples · log Z {self.log_z} · "
-                f"KL(p‖a) {kl} nats"
-            )
-        if soft and len(soft) < len(self.constraints):
-            lines.append("base moments and hits are those of texts that satisfy what is hard")
-        lines += [
-            f"{m.name!r} is the mean of {m.given.name} · ({m.feature.name} − {m.target:g})"
-            for m in soft
-            if m.given is not None
-        ]
-        return "\n".join(lines)
+        """Return the table of `TargetFit`."""
+        return str(self.fitted)
 
     def _fit(self, samples: Samples, log_w: Tensor, strata: Tensor | None = None) -> None:
-        """Sets λ, and what is known about it, from texts with log-weights a/q."""
-        values = self.values(samples)
-        found = factor.fit(self.constraints, values, log_w, binary=self._binary, strata=strata)
-        self.lambdas, self.moment_fit = found.lambdas, found.moment_fit
-        self.log_z, self.base_moments = found.log_z, found.base_moments
+        """Fit λ on texts with log-weights a/q."""
+        self._fitted = fit(
+            self.constraints,
+            self.values(samples),
+            log_w,
+            binary=self._features.binary,
+            prompt=self.prompt,
+            max_new_tokens=self.max_new_tokens,
+            strata=strata,
+        )
 
     def _check_heldout(self, samples: Samples, log_w: Tensor) -> None:
-        """Fills the held-out moments of the fit from texts that did not shape λ."""
+        """Add the moments of texts that did not shape λ to the fit."""
         if self.moment_fit is None:
             return
         values = self.values(samples)
         hard_part = torch.where(self.lambdas.isfinite(), 0.0, self.lambdas)
         log_w = log_w + factor.log_factor(self.constraints, hard_part, values)
         soft = factor.soft_moments(self.constraints, self.lambdas)
-        self.moment_fit = self.moment_fit.with_heldout(factor.statistics(soft, values), log_w)
+        checked = self.moment_fit.with_heldout(factor.statistics(soft, values), log_w)
+        self._fitted = replace(self.fitted, moment_fit=checked)
 
 
-def _asked(constraint: Constraint) -> str:
-    """What a constraint asks for, in a word or two."""
-    if isinstance(constraint, Pointwise):
-        return "every text"
-    if isinstance(constraint.target, tuple):
-        return "mean {:g} to {:g}".format(*constraint.target)
-    return f"mean {constraint.target:g}"
-
-
-def _checked_lambdas(lambdas: Sequence[float] | Tensor, moments: Sequence[Moment]) -> Tensor:
-    """λ as float64 `(K,)`: one a moment, infinite only where that is a hard factor."""
-    checked = torch.as_tensor(lambdas, dtype=torch.float64).clone()
-    if checked.shape != (len(moments),) or bool(checked.isnan().any()):
-        raise ValueError(
-            f"lambdas must be {len(moments)} numbers, one for each of "
-            f"{[m.name for m in moments]}; got {checked.tolist()}"
-        )
-    for moment, weight in zip(moments, checked.tolist(), strict=True):
-        if math.isinf(weight) and factor.hard_edge(moment) != weight:
-            raise ValueError(
-                f"lambda {weight} makes {moment.name!r} a hard factor, which needs a binary "
-                f"feature with target 1 (lambda inf) or 0 (lambda -inf), not {moment.target}"
-            )
-    return checked
-
-
-def _distinct_features(constraints: Sequence[Constraint]) -> list[Feature]:
-    """The features of all constraints, each once; different ones of one name are refused."""
-    if not constraints:
-        raise ValueError("an EBM needs at least one Pointwise or Moment, got no constraints")
-    features: dict[str, Feature] = {}
-    for constraint in constraints:
-        if not isinstance(constraint, Pointwise | Moment):
-            raise TypeError(
-                f"constraints must be Pointwise or Moment, got {constraint!r}; wrap a feature in "
-                "dmgen.Pointwise(feature) or dmgen.Moment(feature, target)"
-            )
-        for feature in constraint.features:
-            if features.setdefault(feature.name, feature) != feature:
-                raise ValueError(
-                    f"two different features are called {feature.name!r}: give one another name="
-                )
-    return list(features.values())
+def _pooled_log_weights(
+    base: LanguageModel, drawn: Sequence[tuple[LanguageModel, Samples]]
+) -> Tensor:
+    """Return log a/m of all texts, `(N,)`; m mixes the models by their numbers of texts."""
+    parts = [part for _, part in drawn]
+    # Under the model that drew it, the log-probability of a text is recorded and exact.
+    columns = [
+        torch.cat([s.log_prob if i == m else model.log_prob(s) for i, s in enumerate(parts)])
+        for m, (model, _) in enumerate(drawn)
+    ]
+    recorded = [c for c, (model, _) in zip(columns, drawn, strict=True) if model is base]
+    log_base = recorded[0] if recorded else base.log_prob(Samples.cat(parts))
+    counts = torch.tensor([len(part) for part in parts])
+    return log_weights.balance_heuristic(log_base, torch.stack(columns, dim=1), counts)

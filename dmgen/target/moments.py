@@ -3,7 +3,7 @@
 `p(x) ∝ a(x) exp(lambda·phi(x))` is the distribution closest to `a` (in KL(·‖a)) whose moments are
 the targets. lambda minimises the dual `D = log E_a[exp(lambda·phi)] - lambda·target`, whose
 gradient is `moments - target` and whose Hessian is the covariance of phi under p. D has a minimum
-just when the target lies inside the convex hull of the feature vectors that were seen; otherwise a
+if and only if the target lies inside the convex hull of the sampled feature vectors; otherwise a
 direction separates the two, and `MomentsUnreachable` names it.
 """
 
@@ -11,16 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from dmgen.estimates import weights as lw_module
-from dmgen.estimates.score import Score
 from dmgen.target.dual import Point, Problem, Rows, scatter, varying
+from dmgen.target.moment_fit import MomentFit, as_array, checked_columns, target_text
 from dmgen.target.newton import minimise
 from dmgen.target.reachability import Certificate
 
@@ -28,12 +25,12 @@ __all__ = ["Certificate", "MomentFit", "MomentsUnreachable", "fit_lambdas"]
 
 Array = NDArray[np.float64]
 
-# Features spelt out in a message; a conflict of more is not read by anyone.
+# Features listed in a message.
 _MOST_NAMED = 6
 
 
-class MomentsUnreachable(ValueError):  # noqa: N818 - it says what is wrong, as KeyError does
-    """No lambda gives the targets on these samples; the message says why and what to do.
+class MomentsUnreachable(ValueError):  # noqa: N818 - named like KeyError
+    """The error that no lambda gives the targets on these samples; it says why and what to do.
 
     Attributes:
         fit: the best attempt, or None if the fit was not begun.
@@ -46,123 +43,6 @@ class MomentsUnreachable(ValueError):  # noqa: N818 - it says what is wrong, as 
         super().__init__(message)
         self.fit = fit
         self.certificate = certificate
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class MomentFit:
-    """How lambda was found. All arrays are float64 with one entry per feature (K).
-
-    Errors are first order in 1/√n (sandwich and delta method, the sample being random) and treat
-    the samples as independent. Not to be believed below an ESS of about 100 or a handful of hits.
-
-    Attributes:
-        lambdas, lambdas_stderr: the fit and its error; both 0 for an interval that is not active.
-            With collinear features only lambda·phi is determined: the smallest lambda is given
-            (each measured in half the range of its feature), and the error belongs to that one.
-        moments: moments of p on the fitting sample, equal to the targets by construction.
-        moments_stderr: how far the true moments of the fitted p lie from `moments`; to first order
-            also the error of a fresh estimate of them from as many samples.
-        base_moments, base_moments_stderr: moments of the base on the samples with positive weight.
-        targets: (K,), or (K, 2) for intervals.
-        hits: samples of positive weight whose feature is not 0; given a condition, whose statistic
-            is not.
-        log_z, log_z_stderr: `logsumexp(lw + lambda·phi) - logsumexp(lw)`, nats.
-        kl_target_base, kl_target_base_stderr: KL(p‖a) = lambda·target - log Z, nats.
-        ess: effective number of samples under p.
-        n_samples, n_steps: rows given; evaluations of the dual.
-        rank: how many features are linearly independent (up to a constant) on the samples.
-        moments_heldout, moments_heldout_stderr: moments of p on fresh samples, see `with_heldout`.
-    """
-
-    lambdas: Array
-    lambdas_stderr: Array
-    moments: Array
-    moments_stderr: Array
-    log_z: float
-    log_z_stderr: float
-    kl_target_base: float
-    kl_target_base_stderr: float
-    ess: float
-    n_steps: int
-    targets: Array
-    base_moments: Array
-    base_moments_stderr: Array
-    hits: NDArray[np.int64]
-    n_samples: int
-    rank: int
-    names: tuple[str, ...]
-    moments_heldout: Array | None = None
-    moments_heldout_stderr: Array | None = None
-
-    def n_samples_for(self, stderr: float) -> NDArray[np.int64]:
-        """How many samples it takes for each lambda to have this standard error, (K,).
-
-        Errors shrink with the root of the number of samples: `n (lambdas_stderr / stderr)²`. It is
-        as good as `lambdas_stderr`, so after few hits it is a rough guess.
-
-        Raises:
-            ValueError: stderr is not positive, or the fit has no error (a single sample).
-        """
-        if not stderr > 0:
-            raise ValueError(f"stderr must be positive, got {stderr}")
-        if not np.isfinite(self.lambdas_stderr).all():
-            raise ValueError("the fit has no finite error of lambda to extrapolate from")
-        needed = np.ceil(self.n_samples * (self.lambdas_stderr / stderr) ** 2)
-        return needed.astype(np.int64)
-
-    def with_heldout(self, features: Any, log_weights: Any = None) -> MomentFit:
-        """Return this fit with the moments of p estimated on samples that did not shape lambda.
-
-        Their distance from the target has the error of the fit and of the estimate in it:
-        `√(moments_stderr² + moments_heldout_stderr²)`.
-
-        Args:
-            features: (M, K), the same features on fresh samples.
-            log_weights: (M,), log a - log q of those samples, nats; None if drawn from the base.
-
-        Raises:
-            ValueError: shapes that do not fit, NaN or inf.
-        """
-        phi, lw = _inputs(features, log_weights)
-        if phi.shape[1] != len(self.lambdas):
-            raise ValueError(f"features must have {len(self.lambdas)} columns, got {phi.shape[1]}")
-        tilted = torch.from_numpy(lw + phi @ self.lambdas)
-        value, stderr = lw_module.mean(tilted, torch.from_numpy(phi))
-        return replace(self, moments_heldout=value.numpy(), moments_heldout_stderr=stderr.numpy())
-
-    def __str__(self) -> str:
-        """Return a table, a row per feature, with ESS, log Z, KL(p‖a) and rank below."""
-
-        def scores(values: Array, errors: Array) -> list[str]:
-            pairs = zip(values, errors, strict=True)
-            return [str(Score(float(v), float(e), self.n_samples)) for v, e in pairs]
-
-        columns = {
-            "feature": list(self.names),
-            "base moment": scores(self.base_moments, self.base_moments_stderr),
-            "target": [_target_text(t) for t in self.targets],
-            "lambda": scores(self.lambdas, self.lambdas_stderr),
-            "reached": scores(self.moments, self.moments_stderr),
-        }
-        if self.moments_heldout is not None and self.moments_heldout_stderr is not None:
-            columns["held out"] = scores(self.moments_heldout, self.moments_heldout_stderr)
-        columns["hits"] = [f"{hits:,}" for hits in self.hits]
-        widths = {head: max(map(len, [head, *cells])) for head, cells in columns.items()}
-        lines = ["  ".join(head.ljust(widths[head]) for head in columns).rstrip()]
-        for row in zip(*columns.values(), strict=True):
-            cells = zip(row, widths.values(), strict=True)
-            lines.append("  ".join(cell.ljust(width) for cell, width in cells).rstrip())
-        log_z = Score(self.log_z, self.log_z_stderr, self.n_samples)
-        kl = Score(self.kl_target_base, self.kl_target_base_stderr, self.n_samples)
-        lines.append(
-            f"ESS {self.ess:,.0f} of {self.n_samples:,} samples · log Z {log_z} · KL(p‖a) {kl} nats"
-            f" · rank {self.rank} of {len(self.names)} · {self.n_steps} steps"
-        )
-        return "\n".join(lines)
-
-
-def _target_text(target: Any) -> str:
-    return " to ".join(f"{edge:g}" for edge in np.unique(target))
 
 
 def fit_lambdas(
@@ -179,10 +59,10 @@ def fit_lambdas(
     Minimises `log Σ ω exp(lambda·phi) - lambda·target`, ω the normalised weights, by a regularised
     Newton method with the exact Hessian. An interval [low, high] leaves lambda = 0 where the
     moment lies inside it; otherwise lambda > 0 ends at low, lambda < 0 at high (the KKT conditions
-    of min KL(p‖a)). A small ESS is reported and never refused.
+    of min KL(p‖a)). A small ESS is reported, not an error.
 
     Args:
-        features: (N, K) numbers, numpy or torch, finite. Binary ones are merged by value.
+        features: (N, K) numbers, numpy or torch, finite. Equal rows of binary ones are merged.
         moments: (K,) targets, or (K, 2) intervals [low, high]; an end may be infinite.
         log_weights: (N,), log a - log q of each sample, nats; `-inf` for samples that violate a
             pointwise constraint. None if the samples were drawn from the base.
@@ -192,21 +72,23 @@ def fit_lambdas(
         names: (K,), for messages and the table.
 
     Returns:
-        `MomentFit`. For samples pooled from several proposals with fixed counts its errors, which
-        take them as independent draws from the mixture, are conservative.
+        `MomentFit`. Its errors take the samples as independent draws; for samples pooled from
+        several proposals with fixed counts they are conservative.
 
     Raises:
-        MomentsUnreachable: no sample has weight; a target outside what was seen, on its edge, or in
-            conflict with another; no convergence in max_steps.
+        MomentsUnreachable: no sample has weight; a target lies outside the range of its feature in
+            the samples, on the edge of it, or in conflict with another; no convergence in
+            max_steps.
         ValueError: shapes that do not fit, NaN, infinite features, an interval with low > high.
 
-    Source: Csiszár (1975), "I-divergence geometry", for the dual; Mishchenko (2023), "Regularized
-    Newton method with global O(1/k²) convergence" (2112.02089), for a damping that falls with the
-    norm of the gradient; White (1982) for the sandwich errors.
+    Source:
+        Csiszár (1975), "I-divergence geometry", for the dual; Mishchenko (2023), "Regularized
+        Newton method with global O(1/k²) convergence" (2112.02089), for a damping that falls with
+        the norm of the gradient; White (1982) for the sandwich errors.
     """
-    phi, lw = _inputs(features, log_weights)
+    phi, lw = checked_columns(features, log_weights)
     n, k = phi.shape
-    targets = _array(moments).copy()
+    targets = as_array(moments).copy()
     if targets.shape not in ((k,), (k, 2)) or np.isnan(targets).any():
         raise ValueError(
             f"moments must be ({k},) or ({k}, 2) numbers for {k} features, got {moments!r}"
@@ -244,31 +126,8 @@ def fit_lambdas(
     return fit
 
 
-def _array(x: Any) -> Array:
-    if isinstance(x, torch.Tensor):
-        x = x.detach().to("cpu", torch.float64).numpy()
-    return np.asarray(x, dtype=np.float64)
-
-
-def _inputs(features: Any, log_weights: Any) -> tuple[Array, Array]:
-    """Return features (N, K) and log-weights (N,) as checked float64 arrays."""
-    phi = _array(features)
-    if phi.ndim != 2 or len(phi) == 0:
-        raise ValueError(f"features must have shape (N, K) with N >= 1, got {phi.shape}")
-    # A sum is finite only if all are; the slow search runs only on bad input.
-    if not math.isfinite(float(phi.sum())) and not np.isfinite(phi).all():
-        row, column = np.argwhere(~np.isfinite(phi))[0]
-        raise ValueError(f"features[{row}, {column}] is {phi[row, column]}: it must be finite")
-    if log_weights is None:
-        return phi, np.zeros(len(phi))
-    lw = lw_module.check_log_weights(log_weights).cpu().numpy()
-    if len(lw) != len(phi):
-        raise ValueError(f"log_weights must have shape ({len(phi)},), got ({len(lw)},)")
-    return phi, lw
-
-
 def _check_ranges(rows: Rows, low: Array, high: Array, names: Sequence[str]) -> None:
-    """Refuse a target that the values of its own feature rule out, in words that fit the case."""
+    """Raise MomentsUnreachable for a target that the values of its own feature rule out."""
     all_least, all_most = rows.phi.min(0), rows.phi.max(0)
     varies = varying(all_least, all_most)
     for j, (least, most) in enumerate(zip(all_least, all_most, strict=True)):
@@ -285,17 +144,17 @@ def _check_ranges(rows: Rows, low: Array, high: Array, names: Sequence[str]) -> 
         proof = Certificate(
             direction, float(sign * end), float(sign * target), n_at_end, bool(target == end)
         )
-        asked = f"a moment of {_target_text([low[j], high[j]])} is asked of {names[j]!r}"
+        request = f"a moment of {target_text([low[j], high[j]])} is requested of {names[j]!r}"
         if varies[j]:
-            seen = (
+            sampled = (
                 f"over {rows.n:,} samples it goes from {least:g} to {most:g}"
                 f" ({n_at_end:,} of them at {end:g})"
             )
         elif least == 0:
-            seen = f"it was never seen: it is 0 in all {rows.n:,} samples"
+            sampled = f"it was never seen: it is 0 in all {rows.n:,} samples"
         else:
-            seen = f"it is {least:g} in all {rows.n:,} samples"
-        raise MomentsUnreachable(f"{asked}, but {seen}. {_remedy(proof)}", certificate=proof)
+            sampled = f"it is {least:g} in all {rows.n:,} samples"
+        raise MomentsUnreachable(f"{request}, but {sampled}. {_remedy(proof)}", certificate=proof)
 
 
 def _remedy(proof: Certificate) -> str:
@@ -307,13 +166,13 @@ def _remedy(proof: Certificate) -> str:
             " these."
         )
     return (
-        "Draw more samples, use a proposal that sees the missing texts, or choose a target inside"
-        " what the samples show."
+        "Draw more samples, use a proposal that draws the missing texts, or choose a target inside"
+        " the range of the samples."
     )
 
 
 def _conflict_text(proof: Certificate, names: Sequence[str], n: int) -> str:
-    """Return the message for targets that are possible one by one and not together."""
+    """Return the message for targets that can be reached one by one but not together."""
     order = np.argsort(-np.abs(proof.direction), kind="stable")
     involved = sorted(order[: np.count_nonzero(proof.direction)][:_MOST_NAMED].tolist())
     terms = [
@@ -327,11 +186,11 @@ def _conflict_text(proof: Certificate, names: Sequence[str], n: int) -> str:
     most = "always" if proof.n_at_largest == n else "at most"
     reached = "" if proof.n_at_largest == n else f" ({proof.n_at_largest:,} reach it)"
     others = f" and {more} more" if more else ""
-    asked = "exactly that" if proof.on_edge else f"{proof.asked:.6g}"
+    requested = "exactly that" if proof.on_edge else f"{proof.asked:.6g}"
     return (
         f"the targets of {_quoted([names[j] for j in involved])}{others} cannot hold together:"
-        f" {expression} is {most} {proof.largest_seen:.6g} in {n:,} samples{reached}, and {asked}"
-        f" is asked. {_remedy(proof)}"
+        f" {expression} is {most} {proof.largest_seen:.6g} in {n:,} samples{reached}, and"
+        f" {requested} is requested. {_remedy(proof)}"
     )
 
 
@@ -348,10 +207,11 @@ def _moment_fit(
 ) -> MomentFit:
     """Return the fit at a point with its errors.
 
-    Every error is `√(Σ r²)` over the samples, r being the influence of a sample. With a and p its
+    Every error is `√(Σ r²)` over the samples, r the influence of a sample. With a and p its
     probabilities under base and target, to first order: `p (phi - m)` for the moments,
     `-H⁻¹ p (phi - m)` for lambda (sandwich), `p - a + m · dlambda` for log Z, and `a - p` for
-    KL(p‖a), where the influence of lambda cancels. A row of merged samples counts with `share`.
+    KL(p‖a), where the influence of lambda cancels. A row of merged samples counts with its
+    `concentration`.
     """
     rows = problem.rows
     log_total, base = rows.tilt(np.zeros(len(names)))
@@ -360,14 +220,14 @@ def _moment_fit(
     lambdas = point.theta / problem.scale
     moments = problem.centre + point.mean * problem.scale
     base_moments = base @ rows.phi
-    spread = scatter(rows.phi, moments, p * p * rows.share) * correction
-    base_spread = scatter(rows.phi, base_moments, base * base * rows.share) * correction
+    spread = scatter(rows.phi, moments, p * p * rows.concentration) * correction
+    base_spread = scatter(rows.phi, base_moments, base * base * rows.concentration) * correction
     inverse = _inverse_hessian(problem, point)
     log_z_influence = p - base - p * ((rows.phi - moments) @ (inverse @ moments))
     log_z = point.log_z + float(lambdas @ problem.centre) - log_total
 
     def error(influence: Array) -> float:
-        return math.sqrt(correction * float(rows.share @ (influence * influence)))
+        return math.sqrt(correction * float(rows.concentration @ (influence * influence)))
 
     return MomentFit(
         lambdas=lambdas,
@@ -378,7 +238,7 @@ def _moment_fit(
         log_z_stderr=error(log_z_influence),
         kl_target_base=problem.support(point.theta) - point.log_z + log_total,
         kl_target_base_stderr=error(p - base),
-        ess=1 / float(rows.share @ (p * p)),
+        ess=1 / float(rows.concentration @ (p * p)),
         n_steps=n_steps,
         targets=targets,
         base_moments=base_moments,

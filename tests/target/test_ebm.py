@@ -10,7 +10,6 @@ import torch
 from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.constraints.feature import FeatureError, feature
 from dmgen.models import TabularLM
-from dmgen.target import ebm as ebm_module
 from dmgen.target.ebm import EBM
 
 HAS_A = feature(lambda text: "a" in text, name="a")
@@ -214,22 +213,6 @@ def test_fit_refit_and_heldout_never_look_twice(world):
     target = EBM.fit(world, [Moment(counted, 2.0)], n_samples=300, n_heldout=300, seed=0)
     target.refit([(world, target.fit_samples), (world.copy(), world.sample(300, seed=5))])
     assert len(seen) == len(set(seen))
-
-
-def test_the_cache_is_bounded_and_forgets_the_oldest_first(world, monkeypatch):
-    monkeypatch.setattr(ebm_module, "_CACHED_TEXTS", 10)
-    seen, counted = counting_feature()
-    target = EBM(world, [Moment(counted, 2.0)], [0.1])
-    every = world.enumerate()
-    expected = [float(len(t)) for t in every.texts]
-    assert target.values(every)["counted"].tolist() == expected
-    assert [text for _, text in target._cache] == every.texts[-10:]
-    target.values(every[-10:])
-    assert len(seen) == len(every)
-    # What was forgotten is looked at again, with the same answer.
-    assert target.values(every)["counted"].tolist() == expected
-    assert len(seen) == 2 * len(every) - 10
-    assert len(target._cache) == 10
 
 
 def test_a_feature_that_reads_the_prompt_is_asked_for_each_prompt(world):

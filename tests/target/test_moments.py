@@ -231,7 +231,7 @@ def test_overlapping_intervals_of_one_feature_given_twice():
     assert fit.moments == pytest.approx([0.65, 0.65], abs=1e-8)
     assert fit.lambdas[0] == 0
     assert fit.lambdas[1] == pytest.approx(fit_lambdas(phi, [0.65]).lambdas[0], abs=1e-7)
-    with pytest.raises(MomentsUnreachable, match=r"0\.1 is asked"):
+    with pytest.raises(MomentsUnreachable, match=r"0\.1 is requested"):
         fit_lambdas(np.hstack([phi, phi]), [(0.6, 0.7), (0.8, 0.9)])
 
 
@@ -361,17 +361,19 @@ def test_no_sample_has_weight():
 
 def test_duplicates_that_contradict():
     error = unreachable(
-        np.hstack([HALF, HALF]), [0.7, 0.6], "'female' - 'male' is always 0", "0.1 is asked"
+        np.hstack([HALF, HALF]), [0.7, 0.6], "'female' - 'male' is always 0", "0.1 is requested"
     )
     assert error.fit is not None
 
 
 def test_complementary_features_that_contradict():
     both = np.hstack([HALF, 1 - HALF])
-    error = unreachable(both, [0.7, 0.7], "'female' + 'male' is always 1", "1.4 is asked", "1,000")
+    error = unreachable(
+        both, [0.7, 0.7], "'female' + 'male' is always 1", "1.4 is requested", "1,000"
+    )
     # The best attempt violates both alike.
     assert error.fit.moments == pytest.approx([0.5, 0.5], abs=1e-7)
-    unreachable(both, [(0.7, 1.0), (0.6, 0.9)], "1.3 is asked")
+    unreachable(both, [(0.7, 1.0), (0.6, 0.9)], "1.3 is requested")
     fit_lambdas(both, [(0.7, 1.0), (0.3, 0.9)])
 
 
@@ -387,9 +389,9 @@ def test_exclusive_features_that_leave_no_room():
 def test_a_part_of_another_feature_cannot_outnumber_it():
     part = HALF * (np.arange(1000)[:, None] % 3 == 0)
     rows = np.hstack([HALF, part])
-    unreachable(rows, [0.3, 0.4], "- 'female' + 'male' is at most 0", "0.1 is asked")
+    unreachable(rows, [0.3, 0.4], "- 'female' + 'male' is at most 0", "0.1 is requested")
     unreachable(rows, [0.3, 0.3], "exactly that")
-    unreachable(rows, [(0.1, 0.3), (0.35, INF)], "0.05 is asked")
+    unreachable(rows, [(0.1, 0.3), (0.35, INF)], "0.05 is requested")
 
 
 def test_a_far_corner_of_many_samples():

@@ -21,7 +21,9 @@ def test_merged_rows_keep_every_sum():
     assert rows.n == keep.sum()
     assert rows.counts.sum() == rows.n
     assert len(rows.phi) == len(np.unique(phi[keep], axis=0))
-    for row, total, share, count in zip(rows.phi, rows.log_w, rows.share, rows.counts, strict=True):
+    for row, total, share, count in zip(
+        rows.phi, rows.log_w, rows.concentration, rows.counts, strict=True
+    ):
         w = np.exp(log_w[keep & (phi == row).all(1)])
         assert count == len(w)
         assert total == pytest.approx(np.log(w.sum()), rel=1e-13)

@@ -186,11 +186,14 @@ def test_heldout_moments_are_those_of_fresh_texts(world):
     [
         ([Pointwise(NEVER)], r"none of 500 texts.*'never' 0 times.*proposal="),
         ([Pointwise(HAS_A), Moment(HAS_A, 0.0)], r"none of 500 texts.*'a' \d+ times.*'a' \d+ time"),
-        ([Moment(LENGTH, 9.0)], r"9 is asked of 'length'.*500 samples it goes from 0 to 4"),
+        ([Moment(LENGTH, 9.0)], r"9 is requested of 'length'.*500 samples it goes from 0 to 4"),
         ([Moment(NEVER, 0.5)], r"'never', but it was never seen.*500"),
-        ([Pointwise(HAS_A), Moment(HAS_A, 0.7)], r"0\.7 is asked of 'a'"),
+        ([Pointwise(HAS_A), Moment(HAS_A, 0.7)], r"0\.7 is requested of 'a'"),
         ([Moment(LENGTH, 1.0), Moment(LENGTH, 2.0)], r"'length'.*'length'.*cannot hold together"),
-        ([Moment(HAS_A, 0.5, given=NEVER)], r"0\.5 is asked of 'a \| never'.*holds for 0 of 500"),
+        (
+            [Moment(HAS_A, 0.5, given=NEVER)],
+            r"0\.5 is requested of 'a \| never'.*holds for 0 of 500",
+        ),
         ([Moment(NEVER, 0.5, given=HAS_A)], r"'a' holds for \d+ of 500.*'never' is always 0"),
         ([Moment(LENGTH, 7.0, given=HAS_A)], r"'length' goes from 1 to 4"),
     ],
@@ -206,7 +209,7 @@ def test_a_proposal_that_shares_no_text_with_the_base_is_refused(world):
     with torch.no_grad():
         base.logits[0, 0] = -math.inf
         proposal.logits[0, 1:] = -math.inf
-    with pytest.raises(MomentsUnreachable, match="cannot say any of the 50 texts"):
+    with pytest.raises(MomentsUnreachable, match="probability 0 to all 50 texts"):
         EBM.fit(base, [Moment(LENGTH, 2.0)], n_samples=50, seed=0, proposal=proposal)
 
 
