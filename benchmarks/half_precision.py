@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import dmgen
 from dmgen import storage
-from dmgen.models.hf import scoring
+from dmgen.models.hf import scoring, tokenization
 
 N_TEXTS, LENGTH, SEED = 256, 40, 5
 PROMPTS = ("He complained that", "This person")
@@ -34,7 +34,7 @@ PAIRS = (
 
 def states_in_bfloat16(base: dmgen.CausalLM, samples: dmgen.Samples) -> torch.Tensor:
     """Log-probability of each token without autocast, `(N, T)`: the model as it came."""
-    start = base._prompt_ids(samples.prompts[0], LENGTH)
+    start = tokenization.start_ids(base.model, base.tokenizer, samples.prompts[0], LENGTH)
     with torch.no_grad():
         parts = [
             scoring.score(base.model, start, samples.tokens[i], samples.mask[i], chunked=True)

@@ -45,6 +45,7 @@ from tqdm import tqdm
 import dmgen
 from dmgen import storage
 from dmgen.models.causal_lm import CausalLM
+from dmgen.models.hf.tokenization import start_ids
 
 LENGTH, MICRO_BATCH = 40, 32
 N_CALLS = 5  # of each shape, for the floor
@@ -88,7 +89,8 @@ def plain_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callab
     """The phases as one writes them with transformers alone; bf16 by autocast, as is usual."""
     base = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH)
     policy = base.copy()
-    tokenizer, start = base.tokenizer, base._prompt_ids(prompt, LENGTH)
+    tokenizer = base.tokenizer
+    start = start_ids(base.model, tokenizer, prompt, LENGTH)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-7)
     autocast = torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == "bf16")
     inputs = start.expand(n, -1)

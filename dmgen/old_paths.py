@@ -40,13 +40,33 @@ MOVED: dict[str, tuple[str, ...]] = {
     "dmgen.metrics.evaluate": ("dmgen.evaluation.evaluate", "dmgen.evaluation.result"),
     "dmgen.metrics.pool": ("dmgen.evaluation.pooled_samples",),
     "dmgen.metrics.verdicts": ("dmgen.evaluation.verdicts",),
+    "dmgen.models.attention": ("dmgen.models.hf.fast_attention",),
     "dmgen.models.base": (
         "dmgen.models.samples",
         "dmgen.models.protocols",
         "dmgen.models.random_draws",
     ),
     "dmgen.models.causal": ("dmgen.models.causal_lm",),
+<<<<<<< HEAD
     "dmgen.moments": ("dmgen.target.moments", "dmgen.target.moment_fit"),
+=======
+    "dmgen.models.head": ("dmgen.models.hf.chunked_log_softmax",),
+    "dmgen.models.hugging_face": (
+        "dmgen.models.hf.loading",
+        "dmgen.models.hf.kv_cache",
+        "dmgen.models.hf.tokenization",
+    ),
+    "dmgen.models.layers": ("dmgen.models.hf.fast_layers",),
+    "dmgen.models.lora": ("dmgen.models.hf.lora",),
+    "dmgen.models.passes": (
+        "dmgen.models.hf.batching",
+        "dmgen.models.hf.decoding",
+        "dmgen.models.hf.probes",
+        "dmgen.models.hf.scoring",
+    ),
+    "dmgen.models.precision": ("dmgen.models.hf.precision",),
+    "dmgen.moments": ("dmgen.target.moments",),
+>>>>>>> models
     "dmgen.run_config": ("dmgen.experiment.config",),
     "dmgen.runs": ("dmgen.storage", "dmgen.training.run_folder", "dmgen.experiment.versions"),
     "dmgen.samplers": ("dmgen.training", "dmgen.monte_carlo"),

@@ -125,7 +125,7 @@ def hidden_states_know_the_prefix_and_no_more(model: Any, space: Samples, tolera
     assert (states[~space.mask] == 0).all()
     # States are of size 1, as the log-probabilities are, so their errors are as large at most.
     of_prefix: dict[tuple[int, ...], torch.Tensor] = {}
-    for key, row in zip(_keys(space), states, strict=True):
+    for key, row in zip(keys(space), states, strict=True):
         for t in range(len(key)):
             known = of_prefix.setdefault(key[:t], row[t])
             torch.testing.assert_close(row[t], known, rtol=0, atol=tolerance)
@@ -150,7 +150,7 @@ def hidden_states_of_batches_and_padding(model: Any, space: Samples, tolerance: 
 
 def seed_and_generator_own_the_randomness(model: Any, space: Samples, tolerance: float) -> None:
     del tolerance
-    before = _global_states()
+    before = global_states()
     first, again, other = (_draw(model, space, 50, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first.tokens, again.tokens)
     assert torch.equal(first.log_prob, again.log_prob)
@@ -164,7 +164,7 @@ def seed_and_generator_own_the_randomness(model: Any, space: Samples, tolerance:
 
     free = [_draw(model, space, 50, seed=None) for _ in range(2)]
     assert not torch.equal(free[0].tokens, free[1].tokens)
-    assert before == _global_states()
+    assert before == global_states()
 
 
 def frequencies_follow_the_probabilities(model: Any, space: Samples, tolerance: float) -> None:
@@ -257,9 +257,9 @@ def chi_square_p(samples: Samples, space: Samples, log_prob: torch.Tensor) -> fl
     Texts expected fewer than 10 times share one bin, so that the chi-square law holds; a text
     outside of the space has probability 0.
     """
-    index = {key: i for i, key in enumerate(_keys(space))}
+    index = {key: i for i, key in enumerate(keys(space))}
     counts = np.zeros(len(space))
-    for key in _keys(samples):
+    for key in keys(samples):
         if key not in index:
             return 0.0
         counts[index[key]] += 1
@@ -293,7 +293,7 @@ def _padded(space: Samples) -> Samples:
     )
 
 
-def _keys(samples: Samples) -> list[tuple[int, ...]]:
+def keys(samples: Samples) -> list[tuple[int, ...]]:
     return [
         tuple(row[:used])
         for row, used in zip(samples.tokens.tolist(), samples.n_tokens.tolist(), strict=True)
@@ -302,7 +302,7 @@ def _keys(samples: Samples) -> list[tuple[int, ...]]:
 
 def _heads(space: Samples, length: int) -> Samples:
     """The space of the texts cut off after `length` tokens, each once."""
-    first = {key[:length]: i for i, key in reversed(list(enumerate(_keys(space))))}
+    first = {key[:length]: i for i, key in reversed(list(enumerate(keys(space))))}
     rows = space[sorted(first.values())]
     return Samples(
         rows.tokens[:, :length], rows.mask[:, :length], rows.log_prob, rows.texts, rows.prompts
@@ -313,6 +313,6 @@ def _ends(space: Samples) -> bool:
     return bool((space.n_tokens < space.tokens.shape[1]).any())
 
 
-def _global_states() -> list[str]:
+def global_states() -> list[str]:
     numpy_state = np.random.get_state()  # noqa: NPY002 - the global state is what is watched
     return [str(torch.get_rng_state().tolist()), str(numpy_state), str(random.getstate())]

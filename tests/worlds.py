@@ -11,19 +11,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
 )
 
-from dmgen.models import CausalLM, TabularLM
+from dmgen.models import CausalLM, Samples, TabularLM
 
 
 def as_table(world: TabularLM, log_prob: torch.Tensor) -> TabularLM:
     """The model that gives every text of `world`, in their order, this log-probability."""
     every = world.enumerate()
     # Each token of each text adds the text's probability to the row of its prefix.
-    cells = (world._prefix_rows(every.tokens)[every.mask], every.tokens[every.mask])
+    prefix_rows = world.hidden_states(every).argmax(-1)  # (N, T)
+    cells = (prefix_rows[every.mask], every.tokens[every.mask])
     p = log_prob.exp()[:, None].expand(every.mask.shape)[every.mask]
     mass = torch.zeros_like(world.logits).index_put_(cells, p, accumulate=True)
     logits = torch.where(mass.sum(-1, keepdim=True) > 0, mass.log(), 0.0)
@@ -117,6 +120,24 @@ def tied_llama(v):
     return LlamaForCausalLM(LlamaConfig(vocab_size=v, **SIZES, tie_word_embeddings=True))
 
 
+def gptj(v):
+    sizes = {"n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4}
+    return GPTJForCausalLM(GPTJConfig(vocab_size=v, **sizes))
+
+
+def lm_of(make, *, scale, length=5, **options):
+    tokenizer = letters("<end>", bos="<end>", eos="<end>")
+    model = randomised(make(len(tokenizer)), scale=scale, seed=0)
+    return CausalLM(model, tokenizer, max_new_tokens=length, **options)
+
+
+def gradients(policy, samples):
+    """Of the sum of log-probabilities, each text with another weight; by the parameter's name."""
+    weights = torch.linspace(-1, 1, len(samples), dtype=torch.float64)
+    (policy.log_prob(samples, grad=True) @ weights).backward()
+    return {name: p.grad for name, p in policy.model.named_parameters()}
+
+
 class Largest(TorchDispatchMode):
     """The size of the largest tensor that any operation gave."""
 
@@ -136,3 +157,23 @@ def space_of(lm, prompt=""):
     if lm.model._forward_hooks:  # the endless one
         return space[(space.tokens != eos).all(-1)]
     return space
+
+
+def texts_of_lengths(*lengths, prompt=""):
+    width = max(lengths)
+    tokens = torch.randint(1, 4, (len(lengths), width), generator=torch.Generator())
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    n = len(lengths)
+    return Samples(tokens, mask, torch.zeros(n, dtype=torch.float64), [""] * n, [prompt] * n)
+
+
+def pass_shapes(lm, call):
+    """The shapes `(n, L + T - 1)` of the forward passes."""
+    shapes = []
+    handle = lm.model.base_model.register_forward_pre_hook(
+        lambda module, args, named: shapes.append(tuple((*args, *named.values())[0].shape)),
+        with_kwargs=True,
+    )
+    call()
+    handle.remove()
+    return shapes

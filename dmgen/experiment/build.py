@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from dmgen import models, storage
+from dmgen import models
 from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.experiment.config import RunConfig, absolute_path
 from dmgen.models.protocols import LanguageModel
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from dmgen.models.causal_lm import CausalLM
 
 __all__ = [
+    "bind_target",
     "build_constraints",
     "build_trainer",
     "fit_draw",
@@ -33,7 +33,6 @@ __all__ = [
     "load_finished_policy",
     "load_model",
     "load_target",
-    "target_from_dict",
 ]
 
 
@@ -125,37 +124,21 @@ def load_target(folder: Path, config: RunConfig, base: LanguageModel) -> EBM:
     Raises:
         ValueError: `target.json` is missing, or not that of `config`.
     """
-    path = folder / "target.json"
-    if not path.is_file():
-        raise ValueError(f"there is no target in {folder}: {path} is missing")
-    return target_from_dict(storage.read_json(path), config, base, path)
+    return bind_target(TargetFit.load(folder, build_constraints(config, base)), config, base)
 
 
-def target_from_dict(
-    mapping: Mapping[str, Any], config: RunConfig, base: LanguageModel, path: Path
-) -> EBM:
-    """Return the target that `TargetFit.to_dict` wrote, with the features of a configuration.
-
-    Args:
-        mapping: plain values of a `TargetFit`.
-        config: the configuration of its run.
-        base: the base of the target.
-        path: file of the mapping, for messages.
+def bind_target(fit: TargetFit, config: RunConfig, base: LanguageModel) -> EBM:
+    """Return the target on its base.
 
     Raises:
-        ValueError: the mapping is not a target, or another one than that of `config`.
+        ValueError: the fit has another prompt or length than `config`.
     """
-    try:
-        fit = TargetFit.from_dict(mapping, build_constraints(config, base))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-    target = EBM.from_fit(base, fit)
-    # Through JSON, which has no tuples.
-    requested = json.loads(json.dumps(target.to_dict()))
-    requested |= {"prompt": config.prompt, "max_new_tokens": config.max_new_tokens}
-    if any(mapping.get(key) != value for key, value in requested.items()):
-        raise ValueError(f"{path} holds another target than its configuration asks for")
-    return target
+    if (fit.prompt, fit.max_new_tokens) != (config.prompt, config.max_new_tokens):
+        raise ValueError(
+            f"the target has prompt {fit.prompt!r} and max_new_tokens {fit.max_new_tokens}, its "
+            f"configuration has {config.prompt!r} and {config.max_new_tokens}"
+        )
+    return EBM.from_fit(base, fit)
 
 
 def build_trainer(config: RunConfig, policy: Any, target: EBM) -> Trainer:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dmgen import features, models, storage
-from dmgen.experiment.build import target_from_dict
+from dmgen.experiment.build import bind_target, build_constraints
 from dmgen.experiment.config import RunConfig, absolute_path, classifier_options
 from dmgen.models.protocols import LanguageModel
 from dmgen.target.ebm import EBM
@@ -58,4 +58,8 @@ def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM
         base = models.CausalLM.from_pretrained(
             config.base, dtype=config.dtype, max_new_tokens=config.max_new_tokens
         )
-    return target_from_dict(published["target"], config, base, path)
+    try:
+        fit = TargetFit.from_dict(published["target"], build_constraints(config, base))
+        return bind_target(fit, config, base)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -137,22 +137,20 @@ class Run:
             ValueError: there is neither a configuration nor a step, or a file cannot be read.
         """
         folder = Path(folder)
-        config_path, target_path = folder / "config.yaml", folder / "target.json"
+        config_path = folder / "config.yaml"
         rows = run_folder.read_metrics(folder)
         if not config_path.is_file() and not rows:
             raise ValueError(
                 f"there is no run in {folder}: it has neither config.yaml nor metrics.jsonl"
             )
         config = RunConfig.load(config_path) if config_path.is_file() else None
-        target = None
-        if target_path.is_file():
-            constraints = None if config is None else build_constraints(config)
-            target = TargetFit.from_dict(storage.read_json(target_path), constraints)
+        constraints = None if config is None else build_constraints(config)
+        has_target = (folder / "target.json").is_file()
         evaluations = run_folder.read_evaluations(folder)
         return cls(
             folder=folder,
             config=config,
-            target=target,
+            target=TargetFit.load(folder, constraints) if has_target else None,
             history=pd.DataFrame(
                 [{k: math.nan if v is None else v for k, v in row.items()} for row in rows]
             ),
@@ -172,7 +170,9 @@ class Run:
         """Show the method, the steps, the target and the last evaluation."""
         steps = f"{self.n_steps:,} steps"
         if self.config is not None:
-            steps = f"{self.config.method} on {self.config.base}, {steps} of {self.config.n_steps:,}"
+            steps = (
+                f"{self.config.method} on {self.config.base}, {steps} of {self.config.n_steps:,}"
+            )
         parts = [f"{steps}, in {self.folder}", self.target, self.evaluation]
         return "\n\n".join(str(part) for part in parts if part is not None)
 
@@ -285,9 +285,7 @@ def run(
         target.save(out)
     write_config(out, config.to_mapping())
     tell(TrainingBegan(trainer.step, resume))
-    trainer.train(
-        config.n_steps - trainer.step, out, log=lambda row: tell(StepTaken(row))
-    )
+    trainer.train(config.n_steps - trainer.step, out, log=lambda row: tell(StepTaken(row)))
     (out / "policy" / "README.md").unlink(missing_ok=True)  # the card of fewer steps
     policy.save_pretrained(out / "policy")
     _measure(policy, target, config, out, trainer.step, tell)

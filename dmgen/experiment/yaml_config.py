@@ -97,9 +97,7 @@ def _section(cls: Any, mapping: Any, where: str, every: Sequence[str], default: 
     need_mapping(mapping, where)
     hints, known = get_type_hints(cls), {f.name: f for f in fields(cls)}
     for key in mapping:
-        check_known(
-            key, tuple(known), "key", place=where or "the configuration", elsewhere=every
-        )
+        check_known(key, tuple(known), "key", place=where or "the configuration", elsewhere=every)
     for name, f in known.items():
         if name not in mapping and f.default is MISSING and f.default_factory is MISSING:
             raise ValueError(f"{name!r} is missing")

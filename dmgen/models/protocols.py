@@ -1,4 +1,4 @@
-"""`LanguageModel`: the protocol that every model of texts follows."""
+"""`Sampler` and `LanguageModel`: the protocols of models of texts."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from dmgen.models.samples import Samples
 
 
 @runtime_checkable
-class LanguageModel(Protocol):
-    """A distribution over texts that can be sampled from and scored exactly.
+class Sampler(Protocol):
+    """A distribution over texts that can be sampled from; it can be a proposal, not a policy.
 
     A text is the tokens after the prompt, up to and with the first EOS, or `max_new_tokens` tokens
     without one; both kinds are outcomes, so the probabilities of all texts sum to 1. Sampling is
@@ -32,13 +32,27 @@ class LanguageModel(Protocol):
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
     ) -> Samples:
-        """`n` texts, with the log-probability of the very law that each was drawn from."""
+        """Draw `n` texts, each with its log-probability under the distribution it was drawn from.
+
+        Args:
+            n: number of texts.
+            prompt: the text before.
+            max_new_tokens: longest text in tokens; None takes the model's default.
+            seed: seed of the draw; text i is the same for every `batch_size`.
+            generator: source of randomness, instead of `seed`.
+            batch_size: texts decoded side by side; None chooses by memory.
+        """
         ...
+
+
+@runtime_checkable
+class LanguageModel(Sampler, Protocol):
+    """A distribution over texts that can be sampled from, scored exactly and trained."""
 
     def log_prob(
         self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
     ) -> Tensor:
-        """Log-probability of each text in nats, float64 `(N,)`."""
+        """Return the log-probability of each text in nats, float64 `(N,)`."""
         ...
 
     def token_log_prob(
@@ -49,25 +63,32 @@ class LanguageModel(Protocol):
         grad: bool = False,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """Log-probability of each token given those before it, `(N, T)`, 0 where masked.
+        """Return the log-probability of each token given those before it, nats.
 
-        `hidden` is what `hidden_states` gave for the same samples, which may save a pass.
+        Args:
+            samples: texts to score, by their stored ids.
+            batch_size: texts per forward pass; None chooses by memory.
+            grad: keep the graph.
+            hidden: the `hidden_states` of the same samples, which may save a forward pass.
+
+        Returns:
+            `(N, T)`, 0 where masked.
         """
         ...
 
     def hidden_states(
         self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
     ) -> Tensor:
-        """What the model knows before each token: state t, of those before t, `(N, T, D)`.
+        """Return the state before each token, `(N, T, D)`, 0 where masked.
 
-        0 where masked.
+        State t depends on the prompt and on the tokens before t only.
         """
         ...
 
     def copy(self) -> Any:
-        """An independent trainable copy."""
+        """Return an independent trainable copy."""
         ...
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The parameters of the model."""
+        """Yield the trainable parameters."""
         ...

@@ -7,22 +7,21 @@ import hashlib
 import torch
 from torch import Tensor
 
-# Tokens a block in the two-level draw: small enough that a float32 block sum keeps the tail.
+# Tokens per block of the two-level draw: few enough that a float32 block sum keeps the tail.
 _BLOCK = 256
-
-
-# Logits that a CPU lifts to float32 at a time: 4 MiB stay in its cache.
+# Logits that a CPU converts to float32 at a time: 4 MiB stay in its cache.
 _CACHED = 2**20
 
 
 def uniforms(n: int, length: int, *, seed: int | None, generator: torch.Generator | None) -> Tensor:
-    """The float64 `(n, length)` block of uniforms in [0, 1) that a draw of `n` texts uses up.
+    """Return the float64 `(n, length)` block of uniforms in [0, 1) for a draw of `n` texts.
 
     Row i belongs to text i, so a text does not depend on how the draw is split into batches.
-    With neither `seed` nor `generator` the draw is not reproducible; no global state is touched.
+    With neither `seed` nor `generator` the draw is not reproducible. No global state is read or
+    set.
 
     Raises:
-        ValueError: `n` is not positive, or both `seed` and `generator` are given.
+        ValueError: `n` or `length` is not positive, or both `seed` and `generator` are given.
     """
     if n < 1 or length < 1:
         raise ValueError(f"need at least one text of at least one token, got n={n}, T={length}")
@@ -34,14 +33,14 @@ def uniforms(n: int, length: int, *, seed: int | None, generator: torch.Generato
             generator.seed()
         else:
             generator.manual_seed(seed)
-    drawn = torch.rand(n, length, generator=generator, dtype=torch.float64, device=generator.device)
-    return drawn.cpu()
+    u = torch.rand(n, length, generator=generator, dtype=torch.float64, device=generator.device)
+    return u.cpu()
 
 
 def stream(purpose: str, seed: int | None) -> torch.Generator:
-    """A generator for one purpose: the same `seed` gives other texts to fit, to train and to judge.
+    """Return a generator seeded by both arguments: different purposes draw different texts.
 
-    With `seed=None` it starts from the system's entropy.
+    With `seed=None` it is seeded by the system's entropy.
     """
     generator = torch.Generator()
     if seed is None:
@@ -52,22 +51,23 @@ def stream(purpose: str, seed: int | None) -> torch.Generator:
 
 
 def draw_tokens(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """One token a row from `softmax(logits)` by inversion of the CDF, and its log-probability.
+    """Draw one token per row from `softmax(logits)` by inversion of the CDF.
 
-    Plainly: `token = searchsorted(cumsum(softmax(logits)), u)`. A float32 cumsum over a large
+    The formula is `token = searchsorted(cumsum(softmax(logits)), u)`. A float32 cumsum over a large
     vocabulary gives rare tokens bins of zero width, so the sum is taken in two levels: first a
     block of tokens is chosen, then a token inside it, both with float64 cumsums. A token of
-    probability 0 is never drawn. The log-probability is that of the two choices as they were made,
-    so it is exact for the law of the draw; it differs from the softmax by the float32 rounding of a
-    block's sum.
+    probability 0 is never drawn. The log-probability is that of the two choices, so it is exact for
+    the distribution that the token is drawn from; it differs from the log-softmax by the float32
+    rounding of a block's sum.
 
     Args:
-        logits: `(N, V)`; what is narrower than float32 is lifted to it first. `-inf` is legal, a
-            row of nothing else is not.
+        logits: `(N, V)`; types narrower than float32 are converted to it first. `-inf` is legal,
+            but not for a whole row.
         u: float64 `(N,)`, uniform in [0, 1).
 
     Returns:
-        Tokens, long `(N,)`, and log-probabilities, float64 `(N,)`, nats; NaN where the logits were.
+        Tokens, long `(N,)`, and their log-probabilities, float64 `(N,)`, nats; NaN in rows with NaN
+        logits.
     """
     rows = len(logits) if logits.device.type != "cpu" else max(1, _CACHED // logits.shape[1])
     parts = zip(torch.split(logits, rows), torch.split(u, rows), strict=True)
@@ -92,17 +92,17 @@ def _draw_rows(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     inner = blocks[rows, block].double()  # (N, width)
     inner_edges = inner.cumsum(-1)
     inner_total, block_sum = inner_edges[:, -1], block_sums[rows, block]
-    # The block's own sum in float64 differs from its float32 sum in the last digits: rescale.
+    # The float64 sum of a block differs from its float32 sum in the last digits: rescale.
     token, _ = _invert(inner_edges, offset * (inner_total / block_sum))
     log_prob = torch.log(inner[rows, token] / inner_total * (block_sum / total))
-    # NaN logits put the token anywhere, in the padding too: it must stay a legal input.
+    # NaN logits can put the token into the padding, and it must stay a legal id.
     return (block * width + token).clamp_(max=v - 1), log_prob
 
 
 def _invert(edges: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """The bin of each `target` between cumulative `edges`, and how far into the bin it lies."""
-    # Rounding can put target at or past the last edge; the first bin to reach that edge is the last
-    # one of positive width.
+    """Return the bin of each `target` between cumulative `edges`, and its offset in the bin."""
+    # Rounding can put target at or past the last edge; the last bin of positive width is the first
+    # one that reaches this edge.
     below_last = torch.nextafter(edges[:, -1], torch.zeros_like(target))
     target = torch.minimum(target, below_last).unsqueeze(-1)
     index = torch.searchsorted(edges, target, right=True).clamp_(max=edges.shape[1] - 1)

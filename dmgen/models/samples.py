@@ -1,4 +1,4 @@
-"""What language models share: `Samples`, the `LanguageModel` protocol, the draw of a token."""
+"""`Samples`: a batch of texts drawn from a language model."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ class Samples:
     """A batch of drawn texts, on the CPU.
 
     Attributes:
-        tokens: long `(N, T)`, the tokens after the prompt; what lies after the end is arbitrary.
-        mask: bool `(N, T)`, true up to and with the first EOS or, without one, the last token.
+        tokens: long `(N, T)`, the tokens after the prompt; masked entries are arbitrary.
+        mask: bool `(N, T)`, true up to and with the first EOS, or up to the last token if there is
+            no EOS.
         log_prob: float64 `(N,)`, nats, under the model that drew the text.
         texts: N decoded texts, without prompt and special tokens.
         prompts: N prompts.
 
     Raises:
-        ValueError: the lengths or shapes disagree, a row of the mask is empty or has holes, or a
+        ValueError: the lengths or shapes disagree, a row of the mask is empty or has gaps, or a
             `log_prob` is NaN or `+inf`.
     """
 
@@ -49,13 +50,13 @@ class Samples:
                 "each row of mask must be true up to the end of its text, for one token at least, "
                 "and false after it"
             )
-        refuse_nan(self.log_prob, self.texts)
+        check_log_prob(self.log_prob, self.texts)
 
     def __len__(self) -> int:
         return len(self.texts)
 
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Samples:
-        """The chosen texts: by slice, a list of positions, or an index or boolean tensor."""
+        """Return the texts at a slice, a list of positions, or an index or boolean tensor."""
         if isinstance(index, int):
             raise TypeError(f"Samples[{index}]: give a slice, e.g. samples[{index}:{index + 1}]")
         rows = torch.arange(len(self))[index]
@@ -68,7 +69,7 @@ class Samples:
         )
 
     def split(self, size: int) -> Iterator[Samples]:
-        """Consecutive parts of at most `size` texts."""
+        """Yield consecutive parts of at most `size` texts."""
         if size < 1:
             raise ValueError(f"parts must hold at least one text, got size={size}")
         for start in range(0, len(self), size):
@@ -76,17 +77,21 @@ class Samples:
 
     @property
     def n_tokens(self) -> Tensor:
-        """Length of each text in tokens, an EOS included, long `(N,)`."""
+        """Return the length of each text in tokens, including an EOS, long `(N,)`."""
         return self.mask.sum(-1)
 
     @property
     def longest(self) -> int:
-        """Length of the longest text in tokens; columns from there on hold nothing but padding."""
+        """Return the length of the longest text in tokens; later columns are masked in all rows."""
         return int(self.mask.any(0).sum())
 
     @staticmethod
     def cat(parts: Sequence[Samples]) -> Samples:
-        """All texts of `parts` in one batch, in order; shorter ones are padded to the longest."""
+        """Return all texts of `parts` in one batch, in order, padded to the widest part.
+
+        Raises:
+            ValueError: `parts` is empty.
+        """
         if not parts:
             raise ValueError("Samples.cat needs at least one part, got an empty sequence")
         width = max(p.tokens.shape[1] for p in parts)
@@ -103,8 +108,19 @@ class Samples:
         )
 
 
-def refuse_nan(log_prob: Tensor, texts: Sequence[str]) -> None:
-    """Raises if log-probabilities, `(N,)` or `(N, T)`, are NaN or `+inf`, naming the first text."""
+def mask_until_eos(tokens: Tensor, eos: int) -> Tensor:
+    """Return true up to and with the first `eos` of each row, bool `(N, T)`."""
+    is_eos = tokens == eos
+    return (is_eos.cumsum(-1) - is_eos.long()) == 0
+
+
+def check_log_prob(log_prob: Tensor, texts: Sequence[str]) -> None:
+    """Raise ValueError, naming the first text, where log-probabilities are NaN or `+inf`.
+
+    Args:
+        log_prob: `(N,)` or `(N, T)`, nats.
+        texts: N texts.
+    """
     bad = torch.isnan(log_prob) | (log_prob == torch.inf)
     if bad.any():
         i = int(bad.nonzero()[0, 0])

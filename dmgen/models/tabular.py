@@ -1,4 +1,4 @@
-"""A small language model whose every text can be listed: exact answers to most questions."""
+"""`TabularLM`: a small language model whose texts can all be listed, for exact results."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from dmgen.models.random_draws import draw_tokens, uniforms
-from dmgen.models.samples import Samples, refuse_nan
+from dmgen.models.samples import Samples, check_log_prob, mask_until_eos
 
 
 class TabularLM:
-    """A language model with one trainable row of logits for each prefix.
+    """A language model with one trainable row of logits per prefix.
 
     Args:
-        vocab: the tokens as strings; a text is its tokens joined without blanks, the EOS not shown.
-        logits: float64 `(P, V)`, a row a prefix: first the empty one, then all prefixes of one
-            token, of two, ..., of `max_new_tokens - 1`, each length in the order of base V.
+        vocab: V distinct strings; a text is its tokens joined without blanks, except the EOS.
+        logits: float64 `(P, V)`, one row per prefix: first the empty prefix, then all prefixes of
+            one token, of two, ..., of `max_new_tokens - 1`, each length in the order of base V.
         max_new_tokens: T, the length of a text without EOS.
         eos: the member of `vocab` that ends a text, or None.
 
@@ -45,7 +45,7 @@ class TabularLM:
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         self._eos_id = -1 if eos is None else self.vocab.index(eos)
-        # Where the prefixes of each length start in the table.
+        # First row of the prefixes of each length.
         self._offsets = torch.tensor([sum(v**k for k in range(t)) for t in range(max_new_tokens)])
         n_prefixes = sum(v**t for t in range(max_new_tokens))
         if tuple(logits.shape) != (n_prefixes, v):
@@ -65,7 +65,7 @@ class TabularLM:
         scale: float = 1.0,
         seed: int = 0,
     ) -> TabularLM:
-        """A model with independent normal logits of standard deviation `scale`."""
+        """Return a model with independent normal logits of standard deviation `scale`."""
         v = len(vocab)
         generator = torch.Generator().manual_seed(seed)
         n_prefixes = sum(v**t for t in range(max_new_tokens))
@@ -82,10 +82,10 @@ class TabularLM:
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
     ) -> Samples:
-        """`n` texts (see `LanguageModel.sample`); `batch_size` makes no difference here.
+        """Draw `n` texts as described in `Sampler.sample`; `batch_size` has no effect.
 
         Raises:
-            ValueError: a prompt is given (a table has none), or `max_new_tokens` exceeds the table.
+            ValueError: a prompt is given, or `max_new_tokens` exceeds the table.
         """
         self._refuse_prompt(prompt)
         length = self._length(max_new_tokens)
@@ -98,21 +98,20 @@ class TabularLM:
         return self._finish(tokens)
 
     def enumerate(self, max_new_tokens: int | None = None) -> Samples:
-        """Every text once, with its exact log-probability."""
+        """Return every text once, with its exact log-probability."""
         length = self._length(max_new_tokens)
         tokens = torch.tensor(
             list(itertools.product(range(len(self.vocab)), repeat=length)), dtype=torch.long
         )
         if self.eos is not None:
-            # Sequences that differ only after the EOS are one text: keep the one of 0s there.
-            ended = self._after_eos(tokens)
-            tokens = tokens[((tokens == 0) | ~ended).all(-1)]
+            # Sequences that differ after the EOS only are one text: keep the one with 0s there.
+            tokens = tokens[((tokens == 0) | mask_until_eos(tokens, self._eos_id)).all(-1)]
         return self._finish(tokens)
 
     def log_prob(
         self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
     ) -> Tensor:
-        """Log-probability of each text in nats, float64 `(N,)`."""
+        """Return the log-probability of each text in nats, float64 `(N,)`."""
         return self.token_log_prob(samples, grad=grad).sum(-1)
 
     def token_log_prob(
@@ -123,9 +122,9 @@ class TabularLM:
         grad: bool = False,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        """Log-probability of each token in nats, float64 `(N, T)`, 0 where masked.
+        """Return the log-probability of each token in nats, float64 `(N, T)`, 0 where masked.
 
-        `batch_size` and `hidden` are for models that compute more than a look into a table.
+        `batch_size` and `hidden` have no effect.
 
         Raises:
             ValueError: a text has a prompt or is longer than the table, or the table holds NaN.
@@ -133,16 +132,15 @@ class TabularLM:
         used = self._longest(samples)
         with torch.set_grad_enabled(grad):
             scored = self._token_log_prob(samples.tokens[:, :used], samples.mask[:, :used])
-        refuse_nan(scored.detach(), samples.texts)
+        check_log_prob(scored.detach(), samples.texts)
         return torch.nn.functional.pad(scored, (0, samples.tokens.shape[1] - used))
 
     def hidden_states(
         self, samples: Samples, *, batch_size: int | None = None, grad: bool = False
     ) -> Tensor:
-        """The row of the table before each token, one-hot, float64 `(N, T, P)`, 0 where masked.
+        """Return the table row of each prefix, one-hot, float64 `(N, T, P)`, 0 where masked.
 
-        A function of it can be any function of the prefix. It has no gradient: it depends on no
-        parameter.
+        It depends on no parameter, so it has no gradient; `batch_size` and `grad` have no effect.
 
         Raises:
             ValueError: a text has a prompt or is longer than the table.
@@ -155,21 +153,21 @@ class TabularLM:
         return torch.nn.functional.pad(states.double(), padding)
 
     def copy(self) -> TabularLM:
-        """An independent trainable copy."""
+        """Return an independent trainable copy."""
         other = TabularLM(self.vocab, self.logits, self.max_new_tokens, eos=self.eos)
         other.logits.requires_grad_(True)
         return other
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
-        """The one parameter: the table of logits."""
+        """Yield the only parameter, the table of logits."""
         yield self.logits
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The table by name."""
+        """Return the table by name."""
         return {"logits": self.logits.detach()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes over a table of the same shape."""
+        """Copy a table of the same shape into this model."""
         with torch.no_grad():
             self.logits.copy_(state["logits"])
 
@@ -188,7 +186,7 @@ class TabularLM:
             raise ValueError(f"TabularLM has no prompts, got {prompt!r}: leave prompt empty")
 
     def _longest(self, samples: Samples) -> int:
-        """Tokens of the longest text; refuses texts that the table does not have."""
+        """Return the tokens of the longest text; raise for texts outside of the table."""
         for prompt in set(samples.prompts):
             self._refuse_prompt(prompt)
         used = samples.longest
@@ -198,12 +196,8 @@ class TabularLM:
             )
         return used
 
-    def _after_eos(self, tokens: Tensor) -> Tensor:
-        is_eos = tokens == self._eos_id
-        return (is_eos.cumsum(-1) - is_eos.long()) > 0  # (N, T)
-
     def _prefix_rows(self, tokens: Tensor) -> Tensor:
-        """Row of the table for the prefix before each token, `(N, T)`."""
+        """Return the table row of the prefix before each token, `(N, T)`."""
         rows = torch.zeros_like(tokens)
         for t in range(1, tokens.shape[1]):
             rows[:, t] = rows[:, t - 1] * len(self.vocab) + tokens[:, t - 1]
@@ -217,7 +211,7 @@ class TabularLM:
         return torch.where(mask, per_token, 0.0)
 
     def _finish(self, tokens: Tensor) -> Samples:
-        mask = ~self._after_eos(tokens)
+        mask = mask_until_eos(tokens, self._eos_id)
         with torch.no_grad():
             log_prob = self._token_log_prob(tokens, mask).sum(-1)
         shown = mask & (tokens != self._eos_id)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dmgen.estimates import weights as log_weights
 from dmgen.estimates.score import Score
-from dmgen.models.protocols import LanguageModel
+from dmgen.models.protocols import Sampler
 from dmgen.models.random_draws import stream
 from dmgen.models.samples import Samples
 from dmgen.target.ebm import EBM
@@ -29,8 +29,8 @@ class Draws:
         n_drawn: texts drawn from the proposal so far, for whatever purpose: the cost.
     """
 
-    def __init__(self, target: EBM, proposal: LanguageModel, *, batch_size: int) -> None:
-        if not isinstance(target, EBM) or not isinstance(proposal, LanguageModel):
+    def __init__(self, target: EBM, proposal: Sampler, *, batch_size: int) -> None:
+        if not isinstance(target, EBM) or not isinstance(proposal, Sampler):
             raise TypeError(
                 "a Monte Carlo sampler takes an EBM and a language model to draw from, in this "
                 f"order; got {type(target).__name__} and {type(proposal).__name__}"

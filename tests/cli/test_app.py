@@ -420,9 +420,7 @@ class TestResume:
         (final,) = storage.read_rows(out / "evaluations.jsonl")
         assert final["step"] == 6
 
-    @pytest.mark.parametrize(
-        "where", ["dmgen.storage.write_rows", "dmgen.report.write_model_card"]
-    )
+    @pytest.mark.parametrize("where", ["dmgen.storage.write_rows", "dmgen.report.write_model_card"])
     def test_a_failure_while_writing_is_made_good(self, where, config, tmp_path, monkeypatch):
         def stop(*_, **__):
             raise KeyboardInterrupt

@@ -13,6 +13,7 @@ from dmgen.constraints.feature import FeatureError
 from dmgen.estimates.score import Score
 from dmgen.features import ClassifierHead
 from dmgen.features.classifier_fit import MAX_GRADIENT
+from dmgen.models.hf.tokenization import prompt_ids
 from dmgen.target.ebm import EBM
 
 TEXTS = ["", "a", "ab", "abc", "cab", "bbbb", "aac", "c", "ccaab", "b", "ba", "acca"]
@@ -365,7 +366,7 @@ def mean_states(lm, *, over_padding=False):
     trunk = copy.deepcopy(lm.model.base_model).double()
 
     def embed(texts):
-        start = lm._prompt_ids("", 1).tolist()
+        start = prompt_ids(lm.tokenizer, "")
         rows = [start + lm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         width = max(map(len, rows))
         tokens = torch.tensor([row + [0] * (width - len(row)) for row in rows])

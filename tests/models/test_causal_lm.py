@@ -1,44 +1,26 @@
-"""`CausalLM`: the contracts, prompts, caches, folders, precision, and errors."""
+"""`CausalLM`: the contracts, ends, prompts, folders, precision, embeddings, and errors."""
 
 import dataclasses
-import inspect
 import json
-import shutil
 
 import contracts
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
-    BertConfig,
-    BertLMHeadModel,
-    BloomConfig,
-    BloomForCausalLM,
-    DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    Gemma3ForCausalLM,
-    Gemma3nForCausalLM,
-    Gemma3nTextConfig,
-    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    MambaConfig,
-    MambaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
-    OpenAIGPTConfig,
-    OpenAIGPTLMHeadModel,
 )
-from worlds import letters, randomised, space_of, tiny_gpt2, tiny_llama
+from worlds import SIZES, letters, randomised, space_of, tiny_gpt2, tiny_llama
 
 from dmgen.models import CausalLM, LanguageModel, Samples
-from dmgen.models.hf import loading, scoring
-from dmgen.models.hf.kv_cache import roomy_cache
-from dmgen.models.hf.loading import default_device
+from dmgen.models.hf.precision import autocast
 
 gpu = pytest.mark.gpu
+
+
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -56,33 +38,9 @@ def endless_gpt2():
 
 def tiny_mistral():
     tokenizer = letters("<end>", bos="<end>", eos="<end>")
-    config = MistralConfig(**dimensions(len(tokenizer)), sliding_window=2)
+    config = MistralConfig(vocab_size=len(tokenizer), **SIZES, sliding_window=2)
     model = randomised(MistralForCausalLM(config), scale=0.3, seed=0)
     return CausalLM(model, tokenizer, max_new_tokens=4)
-
-
-def tiny_gemma3():
-    """It scales its embedding, here by √24."""
-    tokenizer = letters("<end>", bos="<end>", eos="<end>")
-    config = Gemma3TextConfig(**(dimensions(len(tokenizer)) | {"hidden_size": 24}))
-    model = randomised(Gemma3ForCausalLM(config), scale=0.3, seed=0)
-    return CausalLM(model, tokenizer, max_new_tokens=4)
-
-
-def dimensions(vocab_size):
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "max_position_embeddings": 16,
-        "bos_token_id": 0,
-        "eos_token_id": 0,
-        "pad_token_id": None,
-    }
 
 
 WORLDS = {
@@ -119,10 +77,6 @@ class TestEnd:
             assert used == (int(is_eos[i].nonzero()[0]) + 1 if ended else 4)
             assert text == "".join("_abc"[t] for t in samples.tokens[i, :used] if t != 0)
 
-    def test_a_text_has_no_special_tokens(self, llama_lm):
-        tokens = torch.tensor([[2, 0, 3, 1]])  # a, the BOS, b, the EOS
-        assert loading.texts_of(llama_lm.tokenizer, tokens, tokens != 1) == ["ab"]
-
     def test_the_eos_is_scored(self, gpt2_lm):
         samples = gpt2_lm.sample(100, seed=0)
         ended = samples[samples.tokens[:, 0] == 0]
@@ -130,119 +84,6 @@ class TestEnd:
         assert len(ended) > 0
         assert (per_token[:, 0] < 0).all()
         assert (per_token[:, 1:] == 0).all()
-
-    def test_rows_that_ended_leave_the_batch_and_nothing_else_changes(self):
-        lm = tiny_gpt2()
-        sizes = []
-        lm.model.register_forward_pre_hook(
-            lambda module, args, kwargs: sizes.append(len(args[0])), with_kwargs=True
-        )
-        together = lm.sample(50, max_new_tokens=8, seed=0)
-        assert sizes == sorted(sizes, reverse=True)
-        assert sizes[-1] < 25 < 50 == sizes[0]
-        alone = lm.sample(50, max_new_tokens=8, seed=0, batch_size=1)
-        assert torch.equal(together.tokens, alone.tokens)
-        torch.testing.assert_close(
-            together.log_prob, alone.log_prob, rtol=0, atol=contracts.FLOAT32
-        )
-
-    def test_text_i_depends_on_row_i_of_the_uniforms_only(self, gpt2_lm):
-        start = torch.tensor([0])
-        u = torch.rand(40, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        tokens, log_prob = scoring.decode(gpt2_lm.model, start, u, 0)
-        backwards, log_prob_backwards = scoring.decode(gpt2_lm.model, start, u.flip(0), 0)
-        assert torch.equal(tokens, backwards.flip(0))
-        torch.testing.assert_close(
-            log_prob, log_prob_backwards.flip(0), rtol=0, atol=contracts.FLOAT32
-        )
-
-
-class TestCache:
-    """The buffered cache against transformers' own, and architectures with caches of their kind."""
-
-    def test_equals_the_plain_cache(self, monkeypatch):
-        lm = tiny_llama()
-        fast = lm.sample(200, prompt="ab", max_new_tokens=5, seed=0)
-        monkeypatch.setattr(scoring, "roomy_cache", lambda config, _: DynamicCache(config=config))
-        plain = lm.sample(200, prompt="ab", max_new_tokens=5, seed=0)
-        assert torch.equal(fast.tokens, plain.tokens)
-        torch.testing.assert_close(fast.log_prob, plain.log_prob, rtol=0, atol=contracts.FLOAT32)
-
-    def test_keys_are_narrowed_once_and_not_at_every_token(self):
-        # Under autocast, a rotary embedding in float32 widens them.
-        layer = roomy_cache(LlamaConfig(**dimensions(5)), 4).layers[0]
-        values = torch.ones(2, 1, 1, 8, dtype=torch.bfloat16)
-        for used in (1, 2):
-            keys, _ = layer.update(torch.full((2, 1, 1, 8), 1 / 3), values)
-            assert keys.dtype == torch.bfloat16
-            assert torch.equal(keys, torch.full((2, 1, used, 8), 1 / 3).bfloat16())
-
-    @pytest.mark.parametrize(
-        "make",
-        [
-            # one sliding layer, one that sees all
-            lambda v: Gemma2ForCausalLM(Gemma2Config(**dimensions(v), sliding_window=2)),
-            # the last two layers read the keys of the first two
-            lambda v: Gemma3nForCausalLM(
-                Gemma3nTextConfig(
-                    **dimensions(v) | {"num_hidden_layers": 4, "intermediate_size": [32] * 4},
-                    num_kv_shared_layers=2,
-                    sliding_window=3,
-                    vocab_size_per_layer_input=v,
-                    hidden_size_per_layer_input=8,
-                    layer_types=["sliding_attention", "full_attention"] * 2,
-                    activation_sparsity_pattern=[0.0] * 4,
-                )
-            ),
-            # no positions, so no limit of the context either
-            lambda v: BloomForCausalLM(
-                BloomConfig(vocab_size=v, hidden_size=16, n_layer=2, n_head=2)
-            ),
-            # a state in the place of a past, where transformers gives it a cache by that name
-            pytest.param(
-                lambda v: MambaForCausalLM(
-                    MambaConfig(vocab_size=v, hidden_size=16, num_hidden_layers=2, state_size=4)
-                ),
-                marks=pytest.mark.skipif(
-                    "cache" not in inspect.signature(MambaForCausalLM.forward).parameters,
-                    reason="this transformers names Mamba's cache otherwise",
-                ),
-            ),
-        ],
-        ids=["gemma2", "gemma3n", "bloom", "mamba"],
-    )
-    def test_sampling_equals_scoring(self, make):
-        tokenizer = letters("<end>", eos="<end>")
-        model = randomised(make(len(tokenizer)), scale=0.3, seed=0)
-        lm = CausalLM(model, tokenizer, max_new_tokens=8)
-        samples = lm.sample(60, prompt="abc", seed=0)
-        assert 1 < samples.n_tokens.double().mean() < 8
-        torch.testing.assert_close(
-            lm.log_prob(samples), samples.log_prob, rtol=0, atol=contracts.FLOAT32
-        )
-        parts = lm.sample(60, prompt="abc", seed=0, batch_size=7)
-        assert torch.equal(samples.tokens, parts.tokens)
-
-    @pytest.mark.parametrize(
-        "make",
-        [
-            # looks at later tokens; has no cache at all
-            lambda v: BertLMHeadModel(BertConfig(**bert_dimensions(v))),
-            lambda v: OpenAIGPTLMHeadModel(
-                OpenAIGPTConfig(vocab_size=v, n_positions=16, n_embd=16, n_layer=2, n_head=2)
-            ),
-        ],
-        ids=["bert", "openai-gpt"],
-    )
-    def test_models_without_a_causal_cache_are_refused(self, make):
-        tokenizer = letters("<end>", eos="<end>")
-        with pytest.raises(ValueError, match="between cached decoding and scoring"):
-            CausalLM(randomised(make(len(tokenizer)), scale=0.5, seed=0), tokenizer)
-
-
-def bert_dimensions(v):
-    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    return {"vocab_size": v} | {key: dimensions(v)[key] for key in kept}
 
 
 class TestHiddenStates:
@@ -297,68 +138,14 @@ class TestHiddenStates:
             gpt2_lm.hidden_states(samples, batch_size=0)
 
 
-class TestPrompts:
-    def test_one_batch_may_mix_prompts(self, gpt2_lm):
-        parts = [gpt2_lm.sample(5, prompt=prompt, seed=1) for prompt in ("a", "", "bc")]
-        mixed = Samples.cat(parts)[[4, 10, 0, 5, 14, 2, 7]]
-        scored = torch.cat([gpt2_lm.log_prob(text) for text in mixed.split(1)])
-        torch.testing.assert_close(gpt2_lm.log_prob(mixed), scored, rtol=0, atol=contracts.FLOAT32)
-        torch.testing.assert_close(mixed.log_prob, scored, rtol=0, atol=contracts.FLOAT32)
-        moved = dataclasses.replace(mixed, prompts=["c"] * len(mixed))
-        assert (gpt2_lm.log_prob(moved) - scored).abs().min() > 10 * contracts.FLOAT32
-
-    @pytest.mark.parametrize(
-        ("settings", "prompt", "ids"),
-        [
-            ({"bos": "<s>"}, "", [0]),
-            ({"bos": None}, "", [1]),
-            ({"bos": "<s>"}, "ab", [2, 3]),
-            ({"bos": "<s>", "add_bos": True}, "", [0]),
-            ({"bos": "<s>", "add_bos": True}, "ab", [0, 2, 3]),
-            # An EOS that the tokenizer appends would end the text before it starts.
-            ({"bos": "<s>", "add_eos": True}, "", [0]),
-            ({"bos": None, "add_eos": True}, "", [1]),
-            ({"bos": None, "add_eos": True}, "ab", [2, 3]),
-            ({"bos": "<s>", "add_bos": True, "add_eos": True}, "", [0]),
-            ({"bos": "<s>", "add_bos": True, "add_eos": True}, "ab", [0, 2, 3]),
-            # One that the user wrote stays.
-            ({"bos": "<s>"}, "ab</s>", [2, 3, 1]),
-            ({"bos": "<s>", "add_bos": True}, "ab</s>", [0, 2, 3, 1]),
-        ],
-    )
-    def test_ids_before_the_text(self, llama_lm, settings, prompt, ids):
-        lm = CausalLM(llama_lm.model, letters("<s>", "</s>", eos="</s>", **settings))
-        assert lm._prompt_ids(prompt, 1).tolist() == ids
-
-    def test_the_context_is_used_to_its_last_position(self, gpt2_lm):
-        # 8 positions: the fourth new token is drawn but never read.
-        samples = gpt2_lm.sample(50, prompt="abcab", seed=0)
-        torch.testing.assert_close(
-            gpt2_lm.log_prob(samples), samples.log_prob, rtol=0, atol=contracts.FLOAT32
-        )
-
-    def test_beyond_the_context_the_limit_is_named(self, gpt2_lm):
-        samples = gpt2_lm.sample(20, seed=0)
-        moved = dataclasses.replace(samples, prompts=["abcabc"] * 20)
-        for call in (
-            lambda: gpt2_lm.sample(1, prompt="abcabc"),
-            lambda: gpt2_lm.log_prob(moved),
-        ):
-            with pytest.raises(ValueError, match=r"context of 8: use max_new_tokens <= 3"):
-                call()
-        with pytest.raises(ValueError, match=r"context of 8: use a shorter prompt"):
-            gpt2_lm.sample(1, prompt="abc" * 3, max_new_tokens=1)
-
-    def test_padding_takes_no_room_in_the_context(self, gpt2_lm):
-        long_prompt = gpt2_lm.sample(3, prompt="abcabc", max_new_tokens=2, seed=0)
-        both = Samples.cat([long_prompt, gpt2_lm.sample(3, max_new_tokens=8, seed=1)])
-        torch.testing.assert_close(
-            gpt2_lm.log_prob(both), both.log_prob, rtol=0, atol=contracts.FLOAT32
-        )
-
-    def test_a_list_of_prompts_is_refused(self, gpt2_lm):
-        with pytest.raises(TypeError, match="one string, got list"):
-            gpt2_lm.sample(2, prompt=["a", "b"])
+def test_one_batch_may_mix_prompts(gpt2_lm):
+    parts = [gpt2_lm.sample(5, prompt=prompt, seed=1) for prompt in ("a", "", "bc")]
+    mixed = Samples.cat(parts)[[4, 10, 0, 5, 14, 2, 7]]
+    scored = torch.cat([gpt2_lm.log_prob(text) for text in mixed.split(1)])
+    torch.testing.assert_close(gpt2_lm.log_prob(mixed), scored, rtol=0, atol=contracts.FLOAT32)
+    torch.testing.assert_close(mixed.log_prob, scored, rtol=0, atol=contracts.FLOAT32)
+    moved = dataclasses.replace(mixed, prompts=["c"] * len(mixed))
+    assert (gpt2_lm.log_prob(moved) - scored).abs().min() > 10 * contracts.FLOAT32
 
 
 class TestFolders:
@@ -409,94 +196,6 @@ class TestFolders:
         torch.testing.assert_close(samples.log_prob, expected.log_prob, rtol=0, atol=1e-12)
         loaded.copy().save_pretrained(tmp_path / "policy")
 
-    @pytest.fixture
-    def folder(self, gpt2_lm, tmp_path):
-        gpt2_lm.save_pretrained(tmp_path)
-        return tmp_path
-
-    def test_weights_are_never_unpickled(self, folder, gpt2_lm):
-        (folder / "model.safetensors").unlink()
-        torch.save(gpt2_lm.model.state_dict(), folder / "pytorch_model.bin")
-        with pytest.raises(ValueError, match=r"could not load .*no file named model.safetensors"):
-            CausalLM.from_pretrained(folder)
-
-    def test_broken_weights(self, folder):
-        (folder / "model.safetensors").write_bytes(b"not safetensors")
-        with pytest.raises(ValueError, match="could not load"):
-            CausalLM.from_pretrained(folder)
-
-    def test_missing_weights_are_not_made_up(self, folder, gpt2_lm):
-        model = GPT2LMHeadModel(gpt2_lm.model.config)
-        name = "transformer.h.0.mlp.c_fc.weight"
-        rest = {key: value for key, value in model.state_dict().items() if key != name}
-        model.save_pretrained(folder, state_dict=rest)
-        with pytest.raises(ValueError, match=f"lack {name}"):
-            CausalLM.from_pretrained(folder)
-
-    def test_weights_of_another_shape(self, folder):
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        config["n_positions"] = 9
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        with pytest.raises(ValueError, match="could not load"):
-            CausalLM.from_pretrained(folder)
-
-    def test_a_tokenizer_without_eos(self, folder, gpt2_lm):
-        letters("<s>", bos="<s>").save_pretrained(folder)
-        with pytest.raises(ValueError, match=r"no EOS token.*set tokenizer.eos_token"):
-            CausalLM.from_pretrained(folder)
-        with pytest.raises(ValueError, match="no EOS token"):
-            CausalLM(gpt2_lm.model, letters("<s>", bos="<s>"))
-
-    def test_a_folder_without_its_tokenizer(self, folder):
-        # transformers makes up an empty GPT-2 tokenizer instead of raising.
-        for path in folder.glob("tokenizer*"):
-            path.unlink()
-        with pytest.raises(ValueError, match="tokenizer"):
-            CausalLM.from_pretrained(folder)
-
-    def test_an_empty_folder(self, tmp_path):
-        with pytest.raises(ValueError, match=r"(?s)could not load .*save_pretrained"):
-            CausalLM.from_pretrained(tmp_path)
-
-
-class TestNames:
-    @pytest.fixture
-    def requests(self, monkeypatch):
-        """Names asked for at a hub that cannot be reached."""
-        names = []
-
-        def unreachable(name, _):
-            names.append(name)
-            raise ConnectionError("no network in tests")
-
-        monkeypatch.setattr(loading, "file_exists", unreachable)
-        return names
-
-    @pytest.mark.parametrize("name", ["/abs/nothing", "./nothing", "../nothing", "a/b/c", "~/x"])
-    def test_a_path_that_is_not_there_is_not_sought_on_the_hub(self, name, requests):
-        with pytest.raises(ValueError, match=f"could not load '{name}'.*neither a folder"):
-            CausalLM.from_pretrained(name)
-        assert requests == []
-
-    def test_a_file_is_no_folder(self, tmp_path, requests):
-        shutil.copy(__file__, tmp_path / "model.safetensors")
-        with pytest.raises(ValueError, match="neither a folder"):
-            CausalLM.from_pretrained(tmp_path / "model.safetensors")
-        assert requests == []
-
-    @pytest.mark.parametrize("name", ["runs/nothing", "no-such-model-here"])
-    def test_without_the_network_there_is_one_request_and_one_error(self, name, requests):
-        with pytest.raises(
-            ValueError, match=rf"(?s)could not load '{name}' \(no folder here.*save_pretrained"
-        ):
-            CausalLM.from_pretrained(name)
-        assert requests == [name]
-
-    def test_a_name_that_the_hub_does_not_know(self, monkeypatch):
-        monkeypatch.setattr(loading, "file_exists", lambda name, file: False)
-        with pytest.raises(ValueError, match="the hub has no such model"):
-            CausalLM.from_pretrained("runs/nothing")
-
 
 class TestPrecision:
     @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
@@ -513,7 +212,7 @@ class TestPrecision:
     def test_bfloat16_logits_are_lifted_before_the_softmax(self, gpt2_lm):
         # One text of one token is the same computation in sampling, scoring and here.
         lm = CausalLM(tiny_gpt2().model.to(torch.bfloat16), gpt2_lm.tokenizer)
-        with torch.no_grad(), lm._computing():
+        with torch.no_grad(), autocast(lm.device, lm.dtype):
             logits = lm.model(torch.tensor([[0]])).logits[0, 0]
         exact = logits.double().log_softmax(-1)
         assert (logits.log_softmax(-1) - exact).abs().max() > 1e-3
@@ -536,33 +235,8 @@ class TestPrecision:
             assert parameter.dtype == parameter.grad.dtype == torch.float32
         products = policy.model(samples.tokens).logits
         assert products.dtype == torch.float32  # only under _computing is it bfloat16
-        with torch.no_grad(), policy._computing():
+        with torch.no_grad(), autocast(policy.device, policy.dtype):
             assert policy.model(samples.tokens).logits.dtype == torch.bfloat16
-
-    @pytest.mark.parametrize(
-        ("make", "largest"),
-        [(tiny_gpt2, 0.0), (tiny_llama, 0.0), (tiny_llama, 300.0), (tiny_gemma3, 0.0)],
-    )
-    def test_in_bfloat16_a_copy_is_the_same_law(self, make, largest):
-        # A state of 300 in the residual stream, as real models have some: in bfloat16 its
-        # neighbours are 2 apart, and what the layers add to it would be lost.
-        lm = make()
-        with torch.no_grad():
-            lm.model.get_input_embeddings().weight[:, 0] += largest
-        base = CausalLM(lm.model.to(torch.bfloat16), lm.tokenizer, max_new_tokens=4)
-        policy, samples = base.copy(), base.sample(100, seed=0)
-        assert torch.equal(policy.token_log_prob(samples), base.token_log_prob(samples))
-        again = policy.sample(100, seed=0)
-        assert torch.equal(again.tokens, samples.tokens)
-        assert torch.equal(again.log_prob, samples.log_prob)
-
-    def test_a_bfloat16_model_still_computes_by_itself(self):
-        lm = tiny_llama()
-        plain = lm.model.to(torch.bfloat16)
-        with torch.no_grad():
-            expected = plain(torch.tensor([[0, 1]])).logits
-            base = CausalLM(plain, lm.tokenizer, fast_attention=False, fast_layers=False)
-            assert torch.equal(base.model(torch.tensor([[0, 1]])).logits, expected)
 
     def test_dtype_defaults_to_that_of_the_weights(self, gpt2_lm):
         narrow = tiny_gpt2().model.to(torch.bfloat16)
@@ -592,12 +266,6 @@ class TestErrors:
             broken.sample(3, seed=0)
         with pytest.raises(ValueError, match=r"text 0 .* is NaN or infinite.*diverged"):
             broken.log_prob(samples)
-
-    def test_an_eos_that_the_model_cannot_write(self, gpt2_lm):
-        tokenizer = letters("<1>", "<2>", eos="<2>")
-        tokenizer.add_special_tokens({"eos_token": "<new>"})
-        with pytest.raises(ValueError, match=r"EOS has id 5, but .* has 4 tokens"):
-            CausalLM(gpt2_lm.model, tokenizer)
 
     def test_sizes_must_be_positive(self, gpt2_lm):
         samples = gpt2_lm.sample(3, seed=0)
@@ -630,17 +298,49 @@ def recorded_law_is_the_law_of_the_draw(lm, exact):
     assert abs(wrong.mean().item() - 1) > 5 * stderr + contracts.FLOAT32
 
 
-def test_each_process_has_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert default_device() == torch.device("cuda:0")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert default_device() == torch.device("cuda:1")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    assert default_device() == torch.device("cuda:0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert default_device() == torch.device("cpu")
+class TestEmbed:
+    """`embed` against the hidden states of one text at a time."""
+
+    @pytest.fixture(params=["gpt2", "llama"])
+    def model(self, request, gpt2_lm, llama_lm):
+        return {"gpt2": gpt2_lm, "llama": llama_lm}[request.param]
+
+    def by_hand(self, model, text):
+        """The mean of the states after each token, from the tokens and one more."""
+        ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
+        tokens = torch.tensor([[*ids, model.tokenizer.eos_token_id]])
+        samples = Samples(
+            tokens, torch.ones_like(tokens, dtype=torch.bool), torch.zeros(1).double(), [text], [""]
+        )
+        states = model.hidden_states(samples)[0]
+        return states[1:].mean(0) if ids else states[0]
+
+    def test_texts_of_any_length_are_read_as_alone(self, model):
+        texts = ["a", "abc", "", "cb"]
+        found = model.embed(texts)
+        assert found.dtype == torch.float32
+        expected = torch.stack([self.by_hand(model, text) for text in texts])
+        # float32 sums over a few positions.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(model.embed(texts, batch_size=1), found, rtol=1e-5, atol=1e-6)
+        assert not torch.allclose(found[1], found[3], atol=1e-2)
+
+    def test_a_text_longer_than_the_context_is_read_as_far_as_it_fits(self, model):
+        context = model.model.config.max_position_embeddings
+        whole = "a" * (context - 1)
+        found = model.embed([whole, whole + "bc" * 40])
+        torch.testing.assert_close(found[0], self.by_hand(model, whole), rtol=1e-5, atol=1e-6)
+        assert torch.equal(found[0], found[1])
+
+    def test_what_looks_like_a_special_token_is_plain_text(self, gpt2_lm):
+        model = CausalLM(gpt2_lm.model, letters("cab", bos="cab", eos="cab"), max_new_tokens=4)
+        assert model.tokenizer("acabb")["input_ids"] == [1, 0, 2]
+        found = model.embed(["acabb"])[0]
+        # The letters of gpt2_lm have the same ids, and its special token cannot be spelled by them.
+        torch.testing.assert_close(found, self.by_hand(gpt2_lm, "acabb"), rtol=1e-5, atol=1e-6)
+
+    def test_no_texts_have_no_embeddings(self):
+        assert tiny_gpt2().embed([]).shape[0] == 0
 
 
 def on_cuda(lm):

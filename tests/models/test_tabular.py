@@ -47,7 +47,7 @@ class TestEnumerate:
     def test_is_the_independent_listing(self, world):
         listed = contracts.every_text(4, 4, eos=3)
         space = world.enumerate()
-        assert set(contracts._keys(space)) == set(contracts._keys(listed))
+        assert set(contracts.keys(space)) == set(contracts.keys(listed))
         assert len(space) == len(listed)
 
     def test_log_prob_is_the_product_along_the_path(self):

@@ -1,1 +1,1 @@
-"""Everything that knows transformers: loading, decoding and scoring, and faster layers."""
+"""The files that use transformers: loading, decoding and scoring, and faster layers."""

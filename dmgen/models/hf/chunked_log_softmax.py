@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens from hidden states, without the logits of all tokens."""
+"""Log-probabilities of chosen tokens from hidden states, in blocks of the vocabulary."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Logits held at a time. Up to 16 MiB of float32 the allocator hands the same pages out again; a
-# larger buffer is mapped anew at every call, which costs more than the product that fills it.
+# Logits in memory at a time. The allocator reuses the pages of buffers of up to 16 MiB of float32;
+# a larger buffer is mapped anew at every call, which costs more than the product that fills it.
 _CHUNK = 2**22
 # Bytes of probabilities kept for the backward pass: those of 32 texts of 40 tokens among 49,152 in
-# bfloat16. To compute them again is a third of this layer's work.
+# bfloat16. Computing them again is a third of the work of this layer.
 _KEEP = 2**27
 # Narrower blocks of the vocabulary make the matrix products slow.
 _MIN_WIDTH = 256
@@ -28,30 +28,30 @@ def chosen_log_prob(
     chunk: int = _CHUNK,
     keep: int = _KEEP,
 ) -> Tensor:
-    """Log-probability of one token a row under the softmax of a linear output layer.
+    """Return the log-probability of one token per row under the softmax of a linear output layer.
 
-    Plainly: `(hidden @ weight.T + bias).log_softmax(-1)[row, tokens[row]]`. The vocabulary is taken
-    in blocks, so that about `chunk` logits are in memory at a time instead of M·V. By blocks of the
-    vocabulary, not of the rows: so each row of the weight's gradient is written once. The backward
-    pass needs all probabilities, in the precision of the products: up to `keep` bytes of them are
-    kept for it, else it computes each block again.
+    The formula is `(hidden @ weight.T + bias).log_softmax(-1)[row, tokens[row]]`, computed in
+    blocks of the vocabulary, so that about `chunk` logits are in memory at a time instead of M·V.
+    (With blocks of rows, the gradient of `weight` would be written once per block.) The backward
+    pass needs all probabilities, in the precision of the products: they are kept if they take at
+    most `keep` bytes, else each block is computed again.
 
-    Products are made in the precision of `weight` or, under autocast, in that of autocast; logits
-    are lifted to float32 before anything else happens to them.
+    Products have the precision of `weight` or, under autocast, that of autocast; logits are
+    converted to float32 before the softmax.
 
     Args:
         hidden: `(M, D)`.
-        weight: `(V, D)`; it may be tied to the embedding, which then gets both gradients.
+        weight: `(V, D)`; if it is tied to the embedding, their gradients add up.
         bias: `(V,)` or None.
         tokens: long `(M,)`, in 0..V-1.
-        chunk: logits held at a time.
+        chunk: logits in memory at a time.
         keep: bytes of probabilities that may be kept from the forward to the backward pass.
 
     Returns:
         `(M,)`, nats; float64 for float64 products, else float32.
 
     Raises:
-        RuntimeError: in the backward pass, if a second derivative is asked for.
+        RuntimeError: in the backward pass, if a second derivative is requested.
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -79,9 +79,8 @@ class _ChosenLogProb(torch.autograd.Function):
         tops, sums, kept = [], [], []
         for start, logits in blocks:
             column, inside = _column(tokens, start, logits)
-            found = logits.gather(1, column).squeeze(-1)
-            chosen = torch.where(inside, found, chosen)
-            # A block may hold nothing but -inf: tokens that a bias forbids.
+            chosen = torch.where(inside, logits.gather(1, column).squeeze(-1), chosen)
+            # All logits of a block may be -inf, by the bias.
             top = logits.amax(-1).clamp_(min=torch.finfo(logits.dtype).min)  # (M,)
             ratios = logits.sub_(top.unsqueeze(-1)).exp_()
             tops.append(top)
@@ -97,10 +96,10 @@ class _ChosenLogProb(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """With `p = softmax(logits)`, the gradient for a row's logits is `grad (onehot − p)`.
+        """Return the gradients; that of a row's logits is `grad (onehot − p)`, p = softmax(logits).
 
-        What belongs to the chosen tokens, `grad (1 − p)`, is kept apart: rounded with the others to
-        the precision of the products, a p near 1 would leave nothing of it.
+        The entry of the chosen token, `grad (1 − p)`, is computed separately: rounded to the
+        precision of the products, it would be 0 for p near 1.
         """
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -111,12 +110,12 @@ class _ChosenLogProb(torch.autograd.Function):
         for_hidden, for_weight, for_bias = ctx.needs_input_grad[:3]
         blocks = _Blocks(hidden, weight, bias, ctx.dtype, ctx.width)
         grad = grad.to(blocks.lifted).unsqueeze(-1)  # (M, 1)
-        own = -grad * torch.expm1(log_p).unsqueeze(-1)
-        # Sums over blocks are kept in the wide type, whatever that of the products.
-        to_hidden = own * weight[tokens].to(ctx.dtype)
+        at_token = -grad * torch.expm1(log_p).unsqueeze(-1)
+        # Sums over blocks are float32 or wider, whatever the precision of the products.
+        to_hidden = at_token * weight[tokens].to(ctx.dtype)
         to_weight = torch.empty_like(weight) if for_weight else None
         to_bias = torch.empty_like(bias) if for_bias else None
-        # Each row's factor goes to its hidden state, not to its V probabilities.
+        # The factor of a row multiplies its hidden state, not its V probabilities.
         for start, others, scale in (
             _kept(kept, log_z, top) if kept else _again(blocks, log_z, tokens)
         ):
@@ -129,15 +128,15 @@ class _ChosenLogProb(torch.autograd.Function):
                 if to_bias is not None:
                     to_bias[start:stop] = others.T @ factor.squeeze(-1).to(ctx.dtype)
         if to_weight is not None:
-            to_weight.index_add_(0, tokens, (own * blocks.hidden).to(to_weight.dtype))
+            to_weight.index_add_(0, tokens, (at_token * blocks.hidden).to(to_weight.dtype))
         if to_bias is not None:
-            to_bias.index_add_(0, tokens, own.squeeze(-1).to(to_bias.dtype))
+            to_bias.index_add_(0, tokens, at_token.squeeze(-1).to(to_bias.dtype))
         narrowed = to_hidden.to(hidden.dtype) if for_hidden else None
         return narrowed, to_weight, to_bias, None, None, None, None
 
 
 def _kept(kept: list[Tensor], log_z: Tensor, top: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Blocks of probabilities from what the forward pass kept; see `_again`."""
+    """Yield the blocks of `_again` from the tensors that the forward pass kept."""
     start = 0
     for ratios, scale in zip(kept, (top - log_z).exp_().unsqueeze(-1), strict=True):
         yield start, ratios, scale
@@ -145,9 +144,9 @@ def _kept(kept: list[Tensor], log_z: Tensor, top: Tensor) -> Iterator[tuple[int,
 
 
 def _again(blocks: _Blocks, log_z: Tensor, tokens: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Where a block starts, and its probabilities but those of the chosen tokens.
+    """Yield the start of each block, and two factors of its probabilities.
 
-    They are the product of what is given for each entry, `(M, C)`, and for each row, `(M, 1)`.
+    The factors are `(M, C)` and `(M, 1)`; the probabilities of the chosen tokens are set to 0.
     """
     one = torch.ones_like(log_z).unsqueeze(-1)
     for start, logits in blocks:
@@ -157,7 +156,7 @@ def _again(blocks: _Blocks, log_z: Tensor, tokens: Tensor) -> Iterator[tuple[int
 
 
 class _Blocks:
-    """The logits of all rows, a block of the vocabulary at a time, in one buffer used again."""
+    """The logits of all rows, a block of the vocabulary at a time, in one reused buffer."""
 
     def __init__(
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, width: int
@@ -167,7 +166,7 @@ class _Blocks:
         self.lifted = torch.promote_types(dtype, torch.float32)
 
     def __iter__(self) -> Iterator[tuple[int, Tensor]]:
-        """Where the block starts, and its logits `(M, C)`, which the caller may overwrite."""
+        """Yield the start of each block and its logits `(M, C)`, which the caller may overwrite."""
         m, dtype = len(self.hidden), self.hidden.dtype
         product = self.hidden.new_empty(m * self.width)
         lifted = None if dtype == self.lifted else product.to(self.lifted)
@@ -183,12 +182,12 @@ class _Blocks:
 
 
 def _column(tokens: Tensor, start: int, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Column of each row's token in a block from `start`, `(M, 1)`; whether it is there, `(M,)`."""
+    """Return each row's column in the block at `start`, `(M, 1)`, and if it is inside, `(M,)`."""
     column, width = tokens - start, logits.shape[1]
     return column.clamp(0, width - 1).unsqueeze(-1), (column >= 0) & (column < width)
 
 
 def _without(column: Tensor, inside: Tensor, block: Tensor) -> Tensor:
-    """The block, in place, with 0 for the chosen tokens that are inside."""
-    own = block.gather(1, column)
-    return block.scatter_(1, column, own.masked_fill_(inside.unsqueeze(-1), 0.0))
+    """Set the chosen tokens that are inside the block to 0, in place."""
+    entries = block.gather(1, column)
+    return block.scatter_(1, column, entries.masked_fill_(inside.unsqueeze(-1), 0.0))

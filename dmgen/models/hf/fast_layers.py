@@ -1,4 +1,4 @@
-"""Norms and gated layers in few passes over memory, keeping little for the backward pass."""
+"""Norms and gated layers in few passes over memory, which keep little for the backward pass."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ import torch
 from torch import Tensor
 
 
-def use(model: Any) -> None:
-    """Puts `RMSNorm` and `GatedMLP` in the place of the layers of a model that compute the same.
+def use_fast_layers(model: Any) -> None:
+    """Replace the layers of a model that compute the same as `RMSNorm` or `GatedMLP`.
 
-    Whether they do is seen on random states, so that norms that shift their weights, or layers that
-    do something else under the same names, stay as they are. The parameters, and their names, are
-    those of the model.
+    The two are compared on random states, so that norms that shift their weights, or other layers
+    of the same names, stay as they are. The parameters and their names do not change.
     """
     for name, module in list(model.named_modules()):
-        ours = None if is_hooked(module) else _norm_like(module) or _mlp_like(module)
-        if ours is not None and _same(module, ours):
-            model.set_submodule(name, ours.train(module.training))
+        fast = None if is_hooked(module) else _norm_like(module) or _mlp_like(module)
+        if fast is not None and _same(module, fast):
+            model.set_submodule(name, fast.train(module.training))
 
 
 class RMSNorm(torch.nn.Module):
-    """`weight · x / sqrt(mean(x²) + eps)` over the last dimension. Zhang and Sennrich 2019.
+    """A layer that computes `weight · x / sqrt(mean(x²) + eps)` over the last dimension.
 
-    Computed in float32 and rounded once, to the precision of `x` or, under autocast, to that of
-    autocast: the linear layers that read it would round it so, each by itself.
+    The result is computed in float32 and rounded once, to the precision of `x` or, under autocast,
+    to that of autocast, to which each linear layer after it would round it.
 
     Args:
-        weight: `(D,)`; the parameter itself is taken, not a copy.
+        weight: `(D,)`; the parameter is shared, not copied.
         eps: above 0.
+
+    Source:
+        Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
     """
 
     def __init__(self, weight: torch.nn.Parameter, eps: float) -> None:
@@ -39,7 +41,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of states `(..., D)`, states of the same shape."""
+        """Return the new states, of the shape of `x`, `(..., D)`."""
         device = x.device.type
         autocast = torch.is_autocast_enabled(device)
         dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
@@ -47,6 +49,7 @@ class RMSNorm(torch.nn.Module):
         return normed
 
     def extra_repr(self) -> str:
+        """Return the sizes that `print` shows."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
@@ -61,7 +64,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """With `y = x · scale`: `scale (g − y mean(g y))`, where g is the gradient times weight."""
+        """Return `scale (g − y mean(g y))`, with y = x · scale and g = gradient · weight."""
         _refuse_second_derivative()
         x, weight, scale = ctx.saved_tensors
         grad, y = grad.to(scale.dtype), x * scale
@@ -75,12 +78,13 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class GatedMLP(torch.nn.Module):
-    """`down_proj(silu(gate_proj(x)) · up_proj(x))`: SwiGLU. Shazeer 2020.
+    """A layer that computes `down_proj(silu(gate_proj(x)) · up_proj(x))`, SwiGLU.
 
-    The backward pass computes `silu(gate_proj(x))` again, and to the very bits of the plain form.
+    The backward pass computes `silu(gate_proj(x))` again instead of keeping it; results and
+    gradients equal the plain form in all bits. The layers are shared, not copied.
 
-    Args:
-        gate_proj, up_proj, down_proj: the layers themselves are taken, not copies.
+    Source:
+        Shazeer 2020, "GLU Variants Improve Transformer".
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class GatedMLP(torch.nn.Module):
         self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
 
     def forward(self, x: Tensor) -> Tensor:
-        """Of states `(..., D)`, states of the same shape."""
+        """Return the new states, of the shape of `x`, `(..., D)`."""
         gated: Tensor = _Gated.apply(self.gate_proj(x), self.up_proj(x))  # type: ignore[no-untyped-call]
         result: Tensor = self.down_proj(gated)
         return result
@@ -111,14 +115,14 @@ class _Gated(torch.autograd.Function):
 
 
 def is_hooked(module: Any) -> bool:
-    """Whether something beside the module's class has a say in what it computes."""
+    """Return whether hooks or a replaced `forward` change the output of a module."""
     hooks = (
         module._forward_hooks,
         module._forward_pre_hooks,
         module._backward_hooks,
         module._backward_pre_hooks,
     )
-    # Instances get a `forward` of their own from libraries that move weights about.
+    # Libraries that move weights between devices set `forward` on instances.
     return any(hooks) or "forward" in vars(module)
 
 
@@ -130,7 +134,7 @@ def _refuse_second_derivative() -> None:
 
 
 def _norm_like(module: Any) -> RMSNorm | None:
-    """A norm with the weight and the eps of the module, if it has both and nothing else."""
+    """Return a norm with the weight and the eps of the module if it has these alone, else None."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or len(module.state_dict()) != 1:
@@ -141,33 +145,33 @@ def _norm_like(module: Any) -> RMSNorm | None:
 
 
 def _mlp_like(module: Any) -> GatedMLP | None:
-    """A gated layer of the three layers of the module, if these are all that it has weights in."""
+    """Return a gated layer of the module's layers if it has weights in no others, else None."""
     names = ("gate_proj", "up_proj", "down_proj")
-    named = [getattr(module, name, None) for name in names]
-    layers = [x for x in named if type(x) is torch.nn.Linear and not is_hooked(x)]
+    members = [getattr(module, name, None) for name in names]
+    layers = [x for x in members if type(x) is torch.nn.Linear and not is_hooked(x)]
     if len(layers) < len(names):
         return None
-    ours = GatedMLP(*layers)
-    return ours if ours.state_dict().keys() == module.state_dict().keys() else None
+    fast = GatedMLP(*layers)
+    return fast if fast.state_dict().keys() == module.state_dict().keys() else None
 
 
-def _same(module: Any, ours: RMSNorm | GatedMLP) -> bool:
-    """Whether two layers compute the same, as far as random states tell.
+def _same(module: Any, fast: RMSNorm | GatedMLP) -> bool:
+    """Return whether two layers compute the same on random states.
 
-    Small states show the eps of a norm, large ones where a gated layer clamps.
+    Small states reveal the eps of a norm, large ones the clamp of a gated layer.
     """
-    if isinstance(ours, RMSNorm):
-        # In half precision rounding would hide weights that are shifted by 1 and far from 0.
+    if isinstance(fast, RMSNorm):
+        # In half precision, rounding would hide a shift by 1 of large weights.
         module = copy.deepcopy(module).float()
-        ours = RMSNorm(module.weight, ours.eps)
-    weight = next(ours.parameters())
+        fast = RMSNorm(module.weight, fast.eps)
+    weight = next(fast.parameters())
     x = torch.randn(3, 8, weight.shape[-1], generator=torch.Generator().manual_seed(0))
     x = (x * torch.tensor([1.0, 3e-3, 1e3]).view(3, 1, 1)).to(weight)
     try:
         with torch.no_grad():
-            found, expected = module(x).float(), ours(x).float()
-    except Exception:  # Whatever it is made for, it is no layer of this kind.
+            expected, y = module(x).float(), fast(x).float()
+    except Exception:  # A layer of another kind may raise anything.
         return False
-    # A gated layer makes the very same products, a norm sums its squares in another order.
-    allowed = 1e-4 if isinstance(ours, RMSNorm) else 0.0
-    return torch.allclose(found, expected, rtol=allowed, atol=0.0, equal_nan=True)
+    # A gated layer computes the same products, a norm sums its squares in another order.
+    allowed = 1e-4 if isinstance(fast, RMSNorm) else 0.0
+    return torch.allclose(expected, y, rtol=allowed, atol=0.0, equal_nan=True)

@@ -1,4 +1,4 @@
-"""A cache of keys and values that grows in place."""
+"""A cache of keys and values that is filled in place."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from transformers import DynamicCache, cache_utils
 _DynamicLayer: Any = cache_utils.DynamicLayer
 
 
-class _RoomyLayer(_DynamicLayer):  # type: ignore[misc]
-    """A growing cache layer in a buffer of known length: no copy of the past at each token."""
+class _BufferedLayer(_DynamicLayer):  # type: ignore[misc]
+    """A cache layer in a buffer of known length, so that no token copies the past."""
 
     def __init__(self, length: int) -> None:
         super().__init__()
@@ -22,8 +22,9 @@ class _RoomyLayer(_DynamicLayer):  # type: ignore[misc]
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        # Under autocast, a rotary embedding can widen the keys; they would be narrowed again, all
-        # of them, in the product of each token.
+        """Store the keys and values of further positions; return those of all positions."""
+        # Under autocast, a rotary embedding can convert the keys to float32; each later token would
+        # convert all of them back.
         key_states = key_states.to(value_states.dtype)
         if not self.is_initialized:
             n, heads, _, width = key_states.shape
@@ -39,9 +40,10 @@ class _RoomyLayer(_DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def reorder_cache(self, rows: Tensor) -> None:
-        if not self.is_initialized:  # a layer that reads another layer's keys never is
+        """Select texts by their rows."""
+        if not self.is_initialized:  # A layer that reads another layer's keys never is.
             return
-        rows = rows.to(self.key_buffer.device)  # a model may be spread over several
+        rows = rows.to(self.key_buffer.device)  # Layers may lie on several devices.
         self.key_buffer = self.key_buffer[rows]
         self.value_buffer = self.value_buffer[rows]
         self._show()
@@ -51,8 +53,8 @@ class _RoomyLayer(_DynamicLayer):  # type: ignore[misc]
         self.values = self.value_buffer[:, :, : self.used]
 
 
-def roomy_cache(config: Any, length: int) -> Any:
-    """transformers' cache for `config`, with roomy layers where a layer just grows."""
+def buffered_cache(config: Any, length: int) -> Any:
+    """Return transformers' cache for `config`, with buffers of `length` for growing layers."""
     cache = DynamicCache(config=config)
-    cache.layers = [_RoomyLayer(length) if type(x) is _DynamicLayer else x for x in cache.layers]
+    cache.layers = [_BufferedLayer(length) if type(x) is _DynamicLayer else x for x in cache.layers]
     return cache

@@ -1,4 +1,4 @@
-"""What `CausalLM` needs of transformers: models and tokenizers by name, a cache for decoding."""
+"""Loading of models and tokenizers by name."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ import torch
 from huggingface_hub import file_exists
 from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dmgen.models.hf.tokenization import check_tokenizer
 
 TINY_BIOS = Path(__file__).parents[1] / "tiny_bios"
 
 
 def load(name: str | Path, *, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
-    """A model with weights in `dtype`, and its tokenizer: the package's, a folder's, or the hub's.
+    """Return a model with weights in `dtype`, and its tokenizer.
 
     Raises:
-        ValueError: there is no such folder or model, its weights are not safetensors or not all
-            there, or its tokenizer cannot end a text.
+        ValueError: there is no such folder or model, its weights are incomplete or not safetensors,
+            or its tokenizer has no EOS.
     """
     source = str(TINY_BIOS if str(name) == "tiny-bios" else name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
@@ -42,43 +43,9 @@ def load(name: str | Path, *, dtype: torch.dtype, trust_remote_code: bool) -> tu
     return model, tokenizer
 
 
-def check_tokenizer(tokenizer: Any) -> None:
-    """Raises ValueError if a tokenizer can end no text, or write none."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has no EOS token, so a text could not end; "
-            "set tokenizer.eos_token and save it again"
-        )
-    # Without tokenizer files in the folder transformers makes up an empty tokenizer, silently.
-    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
-        raise ValueError(
-            f"the tokenizer {tokenizer.name_or_path!r} has special tokens only, so it can read and "
-            "write no text; save the model's tokenizer into the same folder"
-        )
-
-
-def prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The ids before a text, at least one: as the tokenizer gives them, else BOS, else EOS."""
-    ids = list(tokenizer(prompt)["input_ids"])
-    eos, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
-    # Some tokenizers close what they read with an EOS; a text goes on where the prompt ends.
-    own = list(tokenizer(prompt, add_special_tokens=False)["input_ids"])
-    if ids[-1:] == [eos] and (not own or ids[-len(own) :] != own):
-        ids.pop()
-    return ids or [eos if bos is None else bos]
-
-
-def texts_of(tokenizer: Any, tokens: Tensor, shown: Tensor) -> list[str]:
-    """The text of the shown tokens of each row, both `(n, T)`."""
-    ids = [row[keep].tolist() for row, keep in zip(tokens, shown, strict=True)]
-    return list(
-        tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    )
-
-
 @contextmanager
 def _loading(name: str) -> Iterator[None]:
-    """Turns what transformers raises while it loads `name` into one error that says what to do."""
+    """Convert the errors of loading `name` to a ValueError that says what to do."""
     try:
         yield
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
@@ -91,9 +58,9 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def _only_cached(source: str) -> bool:
-    """Whether a hub model must come from the local cache since the hub cannot be reached.
+    """Return whether `source` must come from the local cache because the hub cannot be reached.
 
-    One request that is not repeated: transformers itself goes on trying for most of a minute.
+    One request is made and not repeated; transformers itself would retry for most of a minute.
 
     Raises:
         ValueError: `source` is neither a folder here nor a model on the hub.
@@ -103,20 +70,20 @@ def _only_cached(source: str) -> bool:
     if source.startswith((".", "~", "/")) or source.count("/") > 1 or Path(source).exists():
         raise ValueError("neither a folder nor a legal hub id")
     try:
-        found = file_exists(source, "config.json")
+        exists = file_exists(source, "config.json")
     except HfHubHTTPError:
-        return False  # The hub answered, with a refusal that transformers explains.
-    except Exception:  # Which one depends on the HTTP library under huggingface_hub.
+        return False  # The hub answered with a refusal, which transformers explains.
+    except Exception:  # The type depends on the HTTP library of huggingface_hub.
         return True
-    if not found:
+    if not exists:
         raise ValueError("the hub has no such model")
     return False
 
 
 def default_device() -> torch.device:
-    """The GPU that a launcher gives this process, or the first one, or the CPU."""
+    """Return the GPU of this process by its local rank, or the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    # A launcher may show each process one GPU alone.
+    # A launcher may make only one GPU visible to each process.
     rank = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     return torch.device("cuda", rank)

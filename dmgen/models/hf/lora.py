@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters over frozen weights that are shared, not copied."""
+"""LoRA: low-rank adapters over shared frozen weights."""
 
 from __future__ import annotations
 
@@ -13,25 +13,34 @@ _NAME = "default"
 
 
 def attach(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
-    """The model with an adapter in every linear layer but the output layer, over the same weights.
+    """Return the model with an adapter in every linear layer but the output layer.
 
-    Such a layer computes `W x + (alpha / rank) B A x`. B starts as 0, so the law is at first that
-    of the model; A is uniform in ±1/sqrt(inputs). Both are float32 and all there is to train.
+    Such a layer computes `W x + (alpha / rank) B A x`. B is initially 0, so the distribution is at
+    first that of the model; A is uniform in ±1/sqrt(inputs). Only A and B, in float32, are trained.
 
     Args:
-        model: a frozen causal language model of transformers. It is left as it is: the result is a
-            second tree of modules around the very same parameters.
-        rank: rows of A.
-        alpha: size of the adapter's part.
-        seed: of A.
+        model: a frozen causal language model of transformers. It is not changed: the result is a
+            second tree of modules around the same parameters.
+        rank: rows of A, at least 1.
+        alpha: scale of the adapter's output, above 0.
+        seed: seed of A.
 
     Raises:
         ImportError: peft is not installed.
-        ValueError: rank or alpha is not positive, or the model is a mixture of experts.
+        ValueError: rank or alpha is not positive, the model is being trained, or it is a mixture of
+            experts.
 
-    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3; A is
-    normal there, uniform in the authors' code and here.
+    Source:
+        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3.
+
+    Differs from the paper:
+        A is normal there, uniform in the authors' code and here.
     """
+    if any(p.requires_grad for p in model.parameters()):
+        raise ValueError(
+            "an adapter shares the weights under it, and this model is being trained: use "
+            'base.copy(adapter="lora"), or copy() for a copy of an adapter'
+        )
     if rank < 1 or not 0 < alpha < math.inf:
         raise ValueError(
             f"an adapter needs rank >= 1 and a finite alpha > 0, got rank={rank}, alpha={alpha}"
@@ -43,13 +52,13 @@ def attach(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
     adapted = _share(model, list(model.parameters()))
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # it is divided by the rank, nothing else
+        lora_alpha=alpha,  # type: ignore[arg-type]  # It is only divided by the rank.
         target_modules="all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     # Layers made on the meta device draw nothing from the global generator.
     inject_adapter_in_model(config, adapted, adapter_name=_NAME, low_cpu_mem_usage=True)
-    if config.target_parameters:  # set by peft itself, for experts that are no layers
+    if config.target_parameters:  # Set by peft for experts that are no layers.
         raise ValueError(
             f"no adapter for a mixture of experts, such as {type(model).__name__}: train all "
             "weights, policy = base.copy()"
@@ -61,19 +70,19 @@ def attach(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
             layer.lora_B[_NAME],
             layer.get_base_layer().weight.device,
         )
-        first = 2 * torch.rand(a.weight.shape, generator=generator) - 1  # (rank, inputs)
-        a.weight = torch.nn.Parameter((first / math.sqrt(first.shape[1])).to(device))
+        uniform = 2 * torch.rand(a.weight.shape, generator=generator) - 1  # (rank, inputs)
+        a.weight = torch.nn.Parameter((uniform / math.sqrt(uniform.shape[1])).to(device))
         b.weight = torch.nn.Parameter(torch.zeros(b.weight.shape, device=device))
     return adapted
 
 
 def duplicate(model: Any) -> Any:
-    """A model with an adapter of its own, of the same values, over the same frozen weights."""
+    """Return a model with an independent copy of the adapter over the same frozen weights."""
     return _share(model, [p for p in model.parameters() if not p.requires_grad])
 
 
 def merged(model: Any) -> Any:
-    """A plain float32 copy of the model with its adapter added to the weights."""
+    """Return a plain float32 copy of the model with the adapter added to its weights."""
     plain = copy.deepcopy(model).float()
     for name, layer in _layers(plain).items():
         layer.merge()
@@ -82,10 +91,10 @@ def merged(model: Any) -> Any:
 
 
 def _layers(model: Any) -> dict[str, Any]:
-    """The layers that have an adapter, by name."""
+    """Return the layers that have an adapter, by name."""
     return {name: module for name, module in model.named_modules() if hasattr(module, "lora_A")}
 
 
 def _share(model: Any, parameters: list[torch.nn.Parameter]) -> Any:
-    """A copy of the model around these very parameters of it and copies of all else."""
+    """Return a copy of the model that shares these parameters and copies all else."""
     return copy.deepcopy(model, {id(p): p for p in parameters})

@@ -1,27 +1,36 @@
-"""Narrow weights, wide states: a model in half precision that is the law of its trainable copy."""
+"""Computing in half precision with hidden states that add up in float32."""
 
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def keep_states_wide(model: Any) -> None:
-    """Under autocast, a model with half-precision weights adds up its states in float32.
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Return the context in which a model computes in `dtype`."""
+    if dtype == torch.float32:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=dtype)
 
-    So does its trainable copy, whose weights are float32, and of a dense transformer the two
-    compute the very same. A residual stream in half precision is another law: some models carry a
-    few states of many hundreds, beside which the others lose their digits, and the log-probability
-    of single tokens is off by nats. Outside of autocast the model computes as before.
+
+def keep_states_wide(model: Any) -> None:
+    """Make a model with half-precision weights add up its hidden states in float32 under autocast.
+
+    Its trainable copy has float32 weights and does the same, so that the two are the same
+    distribution to the last bit if the model is a dense transformer. In half precision the residual
+    stream of some models has a few entries of many hundreds, beside which the others lose their
+    digits, and log-probabilities of single tokens are off by nats. Without autocast nothing
+    changes.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and _widen not in module._forward_hooks.values():
             module.register_forward_hook(_widen)
         elif isinstance(module, torch.nn.LayerNorm):
-            module.float()  # on a CPU, states that are wider than the weights are refused
+            module.float()  # On a CPU, it refuses states wider than its weights.
 
 
 def _widen(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
@@ -29,11 +38,11 @@ def _widen(module: Any, inputs: tuple[Tensor], output: Tensor) -> Tensor:
         return output
     if not hasattr(module, "embed_scale"):
         return output.float()
-    # Gemma's scales what it looks up: in float32, as the copy does.
+    # The embeddings of Gemma are scaled: compute that in float32, as the copy does.
     ids, rows = torch.unique(inputs[0], return_inverse=True)
     wide = copy.copy(module)
-    looked_up = module.weight[ids].float()
-    wide._parameters = {"weight": torch.nn.Parameter(looked_up, requires_grad=False)}
+    weight = torch.nn.Parameter(module.weight[ids].float(), requires_grad=False)
+    wide._parameters = {"weight": weight}
     wide.padding_idx = None
-    found: Tensor = type(module).forward(wide, rows)
-    return found
+    scaled: Tensor = type(module).forward(wide, rows)
+    return scaled

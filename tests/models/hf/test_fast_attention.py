@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dmgen.models import CausalLM
-from dmgen.models.hf import fast_attention, scoring
+from dmgen.models.hf import fast_attention
 
 LAYER = SimpleNamespace(is_causal=True)
 
@@ -123,24 +123,3 @@ def test_a_model_that_has_chosen_otherwise_keeps_its_choice(gpt2_lm, tmp_path):
     model = type(gpt2_lm.model).from_pretrained(tmp_path, attn_implementation="eager")
     assert model.config._attn_implementation == "eager", config
     assert CausalLM(model, gpt2_lm.tokenizer).model.config._attn_implementation == "eager"
-
-
-def test_a_prompt_is_read_once_for_all_texts(llama_lm, monkeypatch):
-    """Also: an output layer on a slice of longer states would copy its weights for every text."""
-    seen = []
-    forward = llama_lm.model.forward
-    monkeypatch.setattr(
-        llama_lm.model,
-        "forward",
-        lambda ids, **k: seen.append(tuple(ids.shape)) or forward(ids, **k),
-    )
-    start = torch.tensor([0, 1, 2, 1])
-    u = torch.rand(9, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        tokens, log_prob = scoring.decode(llama_lm.model, start, u, eos=10**6)
-    assert seen == [(1, 3), (9, 1), (9, 1), (9, 1)]
-    monkeypatch.undo()
-    mask = torch.ones_like(tokens, dtype=torch.bool)
-    with torch.no_grad():
-        scored = scoring.score(llama_lm.model, start, tokens, mask, chunked=False).sum(-1)
-    torch.testing.assert_close(log_prob, scored.double(), rtol=0, atol=1e-5)

@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 from worlds import SIZES, letters, randomised, tied_llama
 
 from dmgen.models import CausalLM
-from dmgen.models.hf.fast_layers import GatedMLP, RMSNorm, use
+from dmgen.models.hf.fast_layers import GatedMLP, RMSNorm, use_fast_layers
+from dmgen.models.hf.tokenization import start_ids
 
 
 def plain(x, weight, eps):
@@ -147,7 +148,7 @@ class TestWhichModules:
         qwen = Qwen3ForCausalLM(Qwen3Config(vocab_size=11, **SIZES))
         for model, n in ((tied_llama(11), 5), (qwen, 9)):
             before = {name: p.data_ptr() for name, p in model.named_parameters()}
-            use(model)
+            use_fast_layers(model)
             assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
             assert len(fast_norms(model)) == n
             assert len(fast_mlps(model)) == 2
@@ -157,7 +158,7 @@ class TestWhichModules:
         gemma = Gemma2ForCausalLM(Gemma2Config(vocab_size=11, **SIZES))
         gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=11, n_embd=16, n_layer=1, n_head=2))
         for model in (gemma, gpt2):
-            use(model)
+            use_fast_layers(model)
             assert not fast_norms(model)
             assert not fast_mlps(model)
 
@@ -166,7 +167,7 @@ class TestWhichModules:
         first, second = model.model.layers
         for layer in (first.mlp, second.mlp.up_proj, model.model.norm):
             layer.register_forward_hook(lambda module, inputs, output: output)
-        use(model)
+        use_fast_layers(model)
         assert (len(fast_norms(model)), len(fast_mlps(model))) == (4, 0)
 
     @pytest.mark.parametrize("change", ["eps", "mean", "shift", "two results"])
@@ -187,14 +188,14 @@ class TestWhichModules:
         for norm in norms:
             norm.weight.data *= 50
         model = torch.nn.Sequential(*norms).bfloat16()
-        use(model)
+        use_fast_layers(model)
         assert [type(m) for m in model] == [OtherRMSNorm, RMSNorm]
 
     def test_a_norm_with_more_weights_is_left_alone(self):
         norm = LlamaRMSNorm(16, eps=1e-5)
         norm.bias = torch.nn.Parameter(torch.zeros(16))
         model = torch.nn.Sequential(norm)
-        use(model)
+        use_fast_layers(model)
         assert not fast_norms(model)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -211,7 +212,7 @@ class TestWhichModules:
 
         mlp = OtherMLP(LlamaConfig(**SIZES, hidden_act="gelu" if change == "act" else "silu"))
         model = torch.nn.Sequential(mlp.to(dtype)).eval()
-        use(model)
+        use_fast_layers(model)
         assert bool(fast_mlps(model)) == (change is None)
         assert not any(m.training for m in model.modules())
 
@@ -234,7 +235,7 @@ def test_a_model_is_no_less_exact_than_with_its_own_norms(dtype):
         CausalLM(copy.deepcopy(model), tokenizer, max_new_tokens=6, dtype=dtype).copy(),
     ]
     samples = policies[0].sample(256, prompt="ab", seed=0)
-    start = policies[0]._prompt_ids("ab", 6)
+    start = start_ids(policies[0].model, tokenizer, "ab", 6)
     logits = exact(torch.cat([start.expand(256, -1), samples.tokens], 1)).logits
     token_log_prob = logits[:, len(start) - 1 : -1].log_softmax(-1).gather(
         -1, samples.tokens.unsqueeze(-1)

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 from worlds import letters, randomised, space_of, tiny_gpt2, tiny_llama
 
 from dmgen.models import CausalLM
+from dmgen.models.hf.tokenization import start_ids
 
 MAKERS = {"gpt2": tiny_gpt2, "llama": tiny_llama}
 
@@ -18,7 +19,7 @@ class WithAdapter(CausalLM):
     """A model whose trainable copy is an adapter."""
 
     def copy(self):
-        if self._has_adapter:
+        if self.has_adapter:
             return super().copy()
         return super().copy(adapter="lora", rank=2, alpha=8.0)
 
@@ -118,7 +119,7 @@ class TestTheBase:
         assert len(adapted) in (8, 14)
 
     def test_is_scored_in_blocks_too(self, policy):
-        assert policy._chunked_head
+        assert policy.chunked_head
 
 
 class TestTheAdapter:
@@ -220,7 +221,7 @@ class TestSaving:
             assert 1e-4 < (loaded.log_prob(space) - law).abs().max() < 1
 
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
-        start = policy._prompt_ids("", 3).expand(len(space), -1)
+        start = start_ids(policy.model, policy.tokenizer, "", 3).expand(len(space), -1)
         with torch.no_grad():
             logits = model(torch.cat([start, space.tokens[:, :-1]], dim=1)).logits
         chosen = logits.log_softmax(-1).gather(-1, space.tokens.unsqueeze(-1)).squeeze(-1)
