@@ -47,9 +47,6 @@ MOVED: dict[str, tuple[str, ...]] = {
         "dmgen.models.random_draws",
     ),
     "dmgen.models.causal": ("dmgen.models.causal_lm",),
-<<<<<<< HEAD
-    "dmgen.moments": ("dmgen.target.moments", "dmgen.target.moment_fit"),
-=======
     "dmgen.models.head": ("dmgen.models.hf.chunked_log_softmax",),
     "dmgen.models.hugging_face": (
         "dmgen.models.hf.loading",
@@ -65,8 +62,7 @@ MOVED: dict[str, tuple[str, ...]] = {
         "dmgen.models.hf.scoring",
     ),
     "dmgen.models.precision": ("dmgen.models.hf.precision",),
-    "dmgen.moments": ("dmgen.target.moments",),
->>>>>>> models
+    "dmgen.moments": ("dmgen.target.moments", "dmgen.target.moment_fit"),
     "dmgen.run_config": ("dmgen.experiment.config",),
     "dmgen.runs": ("dmgen.storage", "dmgen.training.run_folder", "dmgen.experiment.versions"),
     "dmgen.samplers": ("dmgen.training", "dmgen.monte_carlo"),

@@ -160,7 +160,25 @@ def demo(
     console.run(RunConfig.from_mapping(DEMO | seeds), out)
 
 
-@main.command(cls=_Command)
+# \b keeps the lines of a paragraph as they are.
+_TRAIN_HELP = """Fit a policy to constraints on a language model.
+
+The smallest configuration names a model and what its texts must be like:
+
+\b
+    base: gpt2
+    constraints:
+      - pointwise: {wordlist: sports}
+      - {moment: {gender: female}, target: 0.5}
+
+--print-config shows every other setting with its default. After Ctrl-C, the run goes on with
+
+\b
+    dmgen train RUN/config.yaml --out RUN --resume
+"""
+
+
+@main.command(cls=_Command, help=_TRAIN_HELP)
 def train(
     config: _Config,
     overrides: _Overrides = None,
@@ -180,21 +198,7 @@ def train(
         bool, typer.Option("--print-config", help="Show all settings as YAML, and do nothing else.")
     ] = False,
 ) -> None:
-    """Fit a policy to constraints on a language model.
-
-    The smallest configuration names a model and what its texts must be like:
-
-    \b
-        base: gpt2
-        constraints:
-          - pointwise: {wordlist: sports}
-          - {moment: {gender: female}, target: 0.5}
-
-    --print-config shows every other setting with its default. After Ctrl-C, the run goes on with
-
-    \b
-        dmgen train RUN/config.yaml --out RUN --resume
-    """
+    """Fit a policy to constraints on a language model."""
     from dmgen.cli import console
     from dmgen.experiment.config import RunConfig
 
@@ -293,7 +297,7 @@ def evaluate(
     half precision is measured in float32, as is its base.
     """
     from dmgen.experiment import build
-    from dmgen.experiment.run import finished_config
+    from dmgen.experiment.folder import finished_config
 
     config = finished_config(run, device)
     policy = build.load_finished_policy(run, config)
@@ -319,7 +323,7 @@ def sample(
 ) -> None:
     """Print texts of the policy of a run."""
     from dmgen.experiment import build
-    from dmgen.experiment.run import finished_config
+    from dmgen.experiment.folder import finished_config
 
     config = finished_config(run, device)
     texts = build.load_finished_policy(run, config).sample(n, prompt=config.prompt, seed=seed)

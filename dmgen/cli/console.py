@@ -21,6 +21,7 @@ from tqdm import tqdm
 from dmgen import experiment, report
 from dmgen.constraints.constraint import Moment
 from dmgen.experiment.config import RunConfig
+from dmgen.experiment.folder import resume_command
 from dmgen.experiment.run import (
     Evaluated,
     Event,
@@ -31,7 +32,6 @@ from dmgen.experiment.run import (
     TextPair,
     TextsCompared,
     TrainingBegan,
-    resume_command,
 )
 from dmgen.report import figures
 from dmgen.target.ebm import EBM

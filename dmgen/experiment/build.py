@@ -143,4 +143,5 @@ def bind_target(fit: TargetFit, config: RunConfig, base: LanguageModel) -> EBM:
 
 def build_trainer(config: RunConfig, policy: Any, target: EBM) -> Trainer:
     """Return the trainer that fits `policy`, which it changes in place, to `target`."""
-    return METHODS[config.method](policy, target, config.trainer, **config.method_options)
+    make: type[Trainer] = METHODS[config.method]
+    return make(policy, target, config.trainer, **config.method_options)

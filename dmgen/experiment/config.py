@@ -275,9 +275,8 @@ def _check_method(config: RunConfig) -> None:
     objective.check(config.trainer)
     hard = [c.name for c in config.build_constraints() if _is_hard(c)]
     if hard and objective.needs_support:
-        divergence = (
-            f" with divergence {options['divergence']!r}" if "divergence" in options else ""
-        )
+        divergence = options.get("divergence")
+        suffix = "" if divergence is None else f" with divergence {divergence!r}"
         raise ValueError(
             f"{config.method}{suffix} minimises a loss that is infinite where a text may break a "
             f"hard constraint ({', '.join(hard)}): take GDCpp, or moments between 0 and 1 instead"

@@ -19,8 +19,8 @@ from dmgen import storage
 from dmgen.cli import app
 from dmgen.experiment import build
 from dmgen.experiment.config import RunConfig
+from dmgen.experiment.folder import WRITTEN, finished_config
 from dmgen.experiment.publish import load_published
-from dmgen.experiment.run import WRITTEN, finished_config
 from dmgen.training import run_folder
 
 EBM_FIT = dmgen.EBM.fit
