@@ -1,4 +1,4 @@
-"""What every `LanguageModel` must satisfy, as checks that take a model and all of its texts.
+"""Checks that every `LanguageModel` must pass, of a model and all of its texts.
 
 Each check takes `(model, space, tolerance)`: a model, every text of its space once (see
 `every_text`), and the largest error of one text's log-probability in nats that the model's
@@ -31,12 +31,12 @@ FLOAT64 = 1e-12
 # ten layers deep: 8 * 10 * sqrt(32) * 10 * 2**-24. Ten times below the promise.
 FLOAT32 = 1e-4
 N_DRAWS = 10_000
-# One false alarm in a million seeds; the wrong laws below are rejected at the same level.
+# One false alarm in a million seeds; the wrong distributions below are rejected at the same level.
 LEVEL = 1e-6
 
 
 def every_text(n_tokens: int, length: int, *, eos: int, prompt: str = "") -> Samples:
-    """Every text of at most `length` tokens once, with log-probability 0 and texts left empty."""
+    """Return every text of at most `length` tokens once, with log-probability 0 and no strings."""
     letters = [token for token in range(n_tokens) if token != eos]
     heads = [head for used in range(length + 1) for head in itertools.product(letters, repeat=used)]
     tokens = torch.tensor([[*head] + [eos] * (length - len(head)) for head in heads])
@@ -118,7 +118,7 @@ def padding_changes_nothing(model: Any, space: Samples, tolerance: float) -> Non
     assert (both.n_tokens[:40] == 1).all()
 
 
-def hidden_states_know_the_prefix_and_no_more(model: Any, space: Samples, tolerance: float) -> None:
+def hidden_states_depend_on_the_prefix_alone(model: Any, space: Samples, tolerance: float) -> None:
     states = model.hidden_states(space)
     assert states.shape[:-1] == space.tokens.shape
     assert not states.requires_grad
@@ -129,7 +129,7 @@ def hidden_states_know_the_prefix_and_no_more(model: Any, space: Samples, tolera
         for t in range(len(key)):
             known = of_prefix.setdefault(key[:t], row[t])
             torch.testing.assert_close(row[t], known, rtol=0, atol=tolerance)
-    # The token just before is known. (Of those further back a model may forget.)
+    # States differ after different last tokens; a model may forget earlier ones.
     for one, other in itertools.combinations(of_prefix, 2):
         if len(one) == len(other) and one[-1:] != other[-1:]:
             assert (of_prefix[one] - of_prefix[other]).abs().max() > 10 * tolerance
@@ -172,7 +172,7 @@ def frequencies_follow_the_probabilities(model: Any, space: Samples, tolerance: 
     samples = _draw(model, space, N_DRAWS, seed=11)
     log_prob = model.log_prob(space)
     assert chi_square_p(samples, space, log_prob) > LEVEL
-    # The test can tell: a temperature off by a quarter, and a law that leaves out the EOS.
+    # The test can tell: a temperature off by a quarter, and a distribution without the EOS.
     hotter = (log_prob / 1.25).log_softmax(0)
     assert chi_square_p(samples, space, hotter) < LEVEL
     if _ends(space):
@@ -237,7 +237,7 @@ CHECKS: list[Callable[[Any, Samples, float], None]] = [
     batches_score_like_single_texts,
     batch_size_changes_no_draw,
     padding_changes_nothing,
-    hidden_states_know_the_prefix_and_no_more,
+    hidden_states_depend_on_the_prefix_alone,
     hidden_states_of_batches_and_padding,
     seed_and_generator_own_the_randomness,
     frequencies_follow_the_probabilities,
@@ -252,10 +252,10 @@ def name(check: Callable[..., None]) -> str:
 
 
 def chi_square_p(samples: Samples, space: Samples, log_prob: torch.Tensor) -> float:
-    """Probability of counts this far from `log_prob` of the texts of `space`, if it is the law.
+    """Return the probability of counts this far from `log_prob` of `space`, if that is true.
 
-    Texts expected fewer than 10 times share one bin, so that the chi-square law holds; a text
-    outside of the space has probability 0.
+    Texts expected fewer than 10 times share one bin, so that the chi-square approximation holds. A
+    text outside of the space has probability 0.
     """
     index = {key: i for i, key in enumerate(keys(space))}
     counts = np.zeros(len(space))
@@ -281,8 +281,8 @@ def _draw(model: Any, space: Samples, n: int, *, seed: int | None = 0, **options
 
 
 def _padded(space: Samples) -> Samples:
-    """The same texts with 20 more columns and, where masked, ids that no model has."""
-    # What is masked must not even be looked up.
+    """Return the same texts with 20 more columns and illegal ids where masked."""
+    # Masked ids must not be looked up.
     garbage = space.tokens.masked_fill(~space.mask, 10**9)
     return Samples(
         torch.nn.functional.pad(garbage, (0, 20), value=-5),
@@ -301,7 +301,7 @@ def keys(samples: Samples) -> list[tuple[int, ...]]:
 
 
 def _heads(space: Samples, length: int) -> Samples:
-    """The space of the texts cut off after `length` tokens, each once."""
+    """Return each text of the space once, cut off after `length` tokens."""
     first = {key[:length]: i for i, key in reversed(list(enumerate(keys(space))))}
     rows = space[sorted(first.values())]
     return Samples(

@@ -22,7 +22,7 @@ from dmgen.models import CausalLM, Samples, TabularLM
 
 
 def as_table(world: TabularLM, log_prob: torch.Tensor) -> TabularLM:
-    """The model that gives every text of `world`, in their order, this log-probability."""
+    """Return the model that gives the texts of `world`, in their order, this log-probability."""
     every = world.enumerate()
     # Each token of each text adds the text's probability to the row of its prefix.
     prefix_rows = world.hidden_states(every).argmax(-1)  # (N, T)
@@ -34,6 +34,7 @@ def as_table(world: TabularLM, log_prob: torch.Tensor) -> TabularLM:
 
 
 def tiny_gpt2(dtype: torch.dtype | None = None) -> CausalLM:
+    """Return a GPT-2 of 4 tokens whose only special token is BOS, EOS and padding."""
     tokenizer = letters("<end>", bos="<end>", eos="<end>", pad="<end>")
     config = GPT2Config(
         vocab_size=len(tokenizer),
@@ -52,6 +53,7 @@ def tiny_gpt2(dtype: torch.dtype | None = None) -> CausalLM:
 
 
 def tiny_llama(dtype: torch.dtype | None = None) -> CausalLM:
+    """Return a Llama of 5 tokens whose tokenizer puts a BOS before a prompt."""
     tokenizer = letters("<s>", "</s>", bos="<s>", eos="</s>", add_bos=True)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -76,7 +78,7 @@ def letters(
     add_bos: bool = False,
     add_eos: bool = False,
 ) -> PreTrainedTokenizerFast:
-    """A tokenizer of the given special tokens, in that order, and the letters a, b and c."""
+    """Return a tokenizer of these special tokens, in order, and the letters a, b and c."""
     vocab = {token: i for i, token in enumerate([*special, "a", "b", "c"])}
     tokenizer = Tokenizer(models.WordLevel(vocab))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
@@ -93,7 +95,7 @@ def letters(
 
 
 def randomised(model: Any, *, scale: float, seed: int) -> Any:
-    """The model with normal weights, large enough that its probabilities are far from uniform."""
+    """Draw normal weights, large enough that the probabilities are far from uniform."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -126,20 +128,21 @@ def gptj(v):
 
 
 def lm_of(make, *, scale, length=5, **options):
+    """Return the model `make(vocab_size)` with random weights, over 4 tokens."""
     tokenizer = letters("<end>", bos="<end>", eos="<end>")
     model = randomised(make(len(tokenizer)), scale=scale, seed=0)
     return CausalLM(model, tokenizer, max_new_tokens=length, **options)
 
 
 def gradients(policy, samples):
-    """Of the sum of log-probabilities, each text with another weight; by the parameter's name."""
+    """Return the gradients of a weighted sum of log-probabilities, by parameter name."""
     weights = torch.linspace(-1, 1, len(samples), dtype=torch.float64)
     (policy.log_prob(samples, grad=True) @ weights).backward()
     return {name: p.grad for name, p in policy.model.named_parameters()}
 
 
 class Largest(TorchDispatchMode):
-    """The size of the largest tensor that any operation gave."""
+    """A mode that records the size of the largest result of any operation."""
 
     n = 0
 
@@ -152,6 +155,7 @@ class Largest(TorchDispatchMode):
 
 
 def space_of(lm, prompt=""):
+    """Return every text of a model once."""
     eos = lm.tokenizer.eos_token_id
     space = contracts.every_text(len(lm.tokenizer), lm.max_new_tokens, eos=eos, prompt=prompt)
     if lm.model._forward_hooks:  # the endless one
@@ -160,6 +164,7 @@ def space_of(lm, prompt=""):
 
 
 def texts_of_lengths(*lengths, prompt=""):
+    """Return texts of these lengths in tokens, with arbitrary ids."""
     width = max(lengths)
     tokens = torch.randint(1, 4, (len(lengths), width), generator=torch.Generator())
     mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
@@ -168,7 +173,7 @@ def texts_of_lengths(*lengths, prompt=""):
 
 
 def pass_shapes(lm, call):
-    """The shapes `(n, L + T - 1)` of the forward passes."""
+    """Return the shapes `(n, L + T - 1)` of the forward passes of a call."""
     shapes = []
     handle = lm.model.base_model.register_forward_pre_hook(
         lambda module, args, named: shapes.append(tuple((*args, *named.values())[0].shape)),

@@ -27,12 +27,7 @@ def uniforms(n: int, length: int, *, seed: int | None, generator: torch.Generato
         raise ValueError(f"need at least one text of at least one token, got n={n}, T={length}")
     if seed is not None and generator is not None:
         raise ValueError("give seed or generator, not both")
-    if generator is None:
-        generator = torch.Generator()
-        if seed is None:
-            generator.seed()
-        else:
-            generator.manual_seed(seed)
+    generator = _seeded(seed) if generator is None else generator
     u = torch.rand(n, length, generator=generator, dtype=torch.float64, device=generator.device)
     return u.cpu()
 
@@ -42,12 +37,18 @@ def stream(purpose: str, seed: int | None) -> torch.Generator:
 
     With `seed=None` it is seeded by the system's entropy.
     """
+    if seed is not None:
+        digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
+        seed = int.from_bytes(digest[:8], "big", signed=True)
+    return _seeded(seed)
+
+
+def _seeded(seed: int | None) -> torch.Generator:
     generator = torch.Generator()
     if seed is None:
         generator.seed()
         return generator
-    digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
-    return generator.manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+    return generator.manual_seed(seed)
 
 
 def draw_tokens(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dmgen.estimates import weights as log_weights
 from dmgen.estimates.score import Score
-from dmgen.models.protocols import LanguageModel
+from dmgen.models.protocols import Sampler
 from dmgen.models.random_draws import stream
 from dmgen.models.samples import Samples
 from dmgen.monte_carlo.draws import Draws, at_least
@@ -42,7 +42,7 @@ class MetropolisHastings(Draws):
     def __init__(
         self,
         target: EBM,
-        proposal: LanguageModel,
+        proposal: Sampler,
         *,
         n_chains: int = 32,
         burn_in: int = 100,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dmgen.estimates.score import Score
-from dmgen.models.protocols import LanguageModel
+from dmgen.models.protocols import Sampler
 from dmgen.models.samples import Samples
 from dmgen.monte_carlo import acceptance
 from dmgen.monte_carlo.draws import Draws, at_least
@@ -61,7 +61,7 @@ class QuasiRejection(Draws):
     def __init__(
         self,
         target: EBM,
-        proposal: LanguageModel,
+        proposal: Sampler,
         beta: float | None = None,
         acceptance_rate: float | None = None,
         *,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dmgen.estimates.score import Score
-from dmgen.models.protocols import LanguageModel
+from dmgen.models.protocols import Sampler
 from dmgen.models.samples import Samples
 from dmgen.monte_carlo import acceptance
 from dmgen.monte_carlo.draws import Draws, at_least
@@ -41,7 +41,7 @@ class Rejection(Draws):
     def __init__(
         self,
         target: EBM,
-        proposal: LanguageModel,
+        proposal: Sampler,
         *,
         n_estimation: int = 10_240,
         max_draws: int = 1_000_000,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dmgen.estimates import weights as log_weights
 from dmgen.estimates.score import Score
-from dmgen.models.protocols import LanguageModel
+from dmgen.models.protocols import Sampler
 from dmgen.models.random_draws import stream
 from dmgen.models.samples import Samples
 from dmgen.monte_carlo.draws import Draws, at_least
@@ -37,7 +37,7 @@ class ImportanceResampling(Draws):
     def __init__(
         self,
         target: EBM,
-        proposal: LanguageModel,
+        proposal: Sampler,
         *,
         n_pool: int = 10_240,
         batch_size: int = 1024,

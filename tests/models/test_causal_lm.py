@@ -25,7 +25,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 
 def endless_gpt2():
-    """A GPT-2 whose EOS has the logit -inf: every text has 4 tokens."""
+    """Return a GPT-2 whose EOS has the logit -inf, so that every text has 4 tokens."""
     lm = tiny_gpt2()
 
     def forbid_eos(module, inputs, output):
@@ -200,14 +200,14 @@ class TestFolders:
 class TestPrecision:
     @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
     def test_bfloat16_records_what_it_drew(self, gpt2_lm, weights):
-        # E_q[p / q f] = E_p[f] holds exactly if q is the law of the draw, however far from p.
+        # E_q[p / q f] = E_p[f] holds exactly if q is the distribution of the draw.
         lm = CausalLM(
             tiny_gpt2().model.to(weights),
             gpt2_lm.tokenizer,
             max_new_tokens=4,
             dtype=torch.bfloat16,
         )
-        recorded_law_is_the_law_of_the_draw(lm, gpt2_lm)
+        check_recorded_log_prob_is_that_of_the_draw(lm, gpt2_lm)
 
     def test_bfloat16_logits_are_lifted_before_the_softmax(self, gpt2_lm):
         # One text of one token is the same computation in sampling, scoring and here.
@@ -248,7 +248,8 @@ class TestPrecision:
     def test_other_dtypes_are_refused_before_anything_is_loaded(self, dtype, tmp_path, gpt2_lm):
         gpt2_lm.save_pretrained(tmp_path)
         (tmp_path / "model.safetensors").unlink()
-        with pytest.raises(ValueError, match="one of float32, bfloat16, float16"):
+        allowed = r"one of torch\.float32, torch\.bfloat16, torch\.float16"
+        with pytest.raises(ValueError, match=allowed):
             CausalLM.from_pretrained(tmp_path, dtype=dtype)
 
 
@@ -278,8 +279,8 @@ class TestErrors:
             CausalLM(gpt2_lm.model, gpt2_lm.tokenizer, max_new_tokens=0)
 
 
-def recorded_law_is_the_law_of_the_draw(lm, exact):
-    """`lm` is `exact` in lower precision: importance weights from its records are unbiased."""
+def check_recorded_log_prob_is_that_of_the_draw(lm, exact):
+    """Check that importance weights from the records of `lm`, `exact` rounded, are unbiased."""
     space = space_of(exact)
     mean_length = (exact.log_prob(space).exp() * space.n_tokens).sum().item()
     samples = lm.sample(contracts.N_DRAWS, seed=5)
@@ -306,7 +307,7 @@ class TestEmbed:
         return {"gpt2": gpt2_lm, "llama": llama_lm}[request.param]
 
     def by_hand(self, model, text):
-        """The mean of the states after each token, from the tokens and one more."""
+        """Return the mean of the states after each token, from the tokens and one more."""
         ids = model.tokenizer(text, add_special_tokens=False)["input_ids"]
         tokens = torch.tensor([[*ids, model.tokenizer.eos_token_id]])
         samples = Samples(
@@ -361,7 +362,7 @@ class TestCuda:
     def test_bfloat16_records_what_it_drew(self, gpt2_lm, weights):
         model = tiny_gpt2().model.to("cuda", weights)
         lm = CausalLM(model, gpt2_lm.tokenizer, max_new_tokens=4, dtype=torch.bfloat16)
-        recorded_law_is_the_law_of_the_draw(lm, gpt2_lm)
+        check_recorded_log_prob_is_that_of_the_draw(lm, gpt2_lm)
 
     def test_gives_the_texts_of_the_cpu(self, gpt2_lm):
         # One block of uniforms, drawn on the CPU: texts differ only where a uniform lies within

@@ -28,5 +28,5 @@ def test_what_imports_transformers(statement, imported):
 
 def test_all_names_are_there_and_others_are_not():
     assert all(hasattr(models, name) for name in models.__all__)
-    with pytest.raises(AttributeError, match="'dmgen.models' has no attribute 'Tabular'"):
+    with pytest.raises(AttributeError, match=r"'dmgen\.models' has no attribute 'Tabular'"):
         models.Tabular  # noqa: B018

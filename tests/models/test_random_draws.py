@@ -56,7 +56,7 @@ class TestStream:
 
 
 def naive(logits, u):
-    """The plain inversion in the dtype of the logits, which the two-level draw replaces."""
+    """Draw by plain inversion in the dtype of the logits, without the two levels."""
     edges = logits.softmax(-1).cumsum(-1)
     token = torch.searchsorted(edges, u.to(edges).unsqueeze(-1), right=True).squeeze(-1)
     token = token.clamp(max=logits.shape[-1] - 1)
@@ -85,7 +85,7 @@ def long_tail(v, seed=0):
     return (-1.5 * rank.double().log()).float()
 
 
-class TestLawOfDrawTokens:
+class TestDistributionOfDrawTokens:
     """The bin of u that gives a token is as wide as the recorded probability says.
 
     A bin is known to 2^-53 on either side and the draw adds roundings of the same size, so that a
@@ -97,13 +97,13 @@ class TestLawOfDrawTokens:
         generator = torch.Generator().manual_seed(0)
         logits = 2.5 * torch.randn(600, generator=generator)
         logits[[0, 3, 255, 256, 599]] = -torch.inf
-        possible = torch.isfinite(logits).nonzero().squeeze(-1)
-        left, right = bins(draw_tokens, logits, possible)
-        token, log_prob = draw_tokens(logits.expand(len(possible), -1), (left + right) / 2)
-        assert torch.equal(token, possible)
+        in_support = torch.isfinite(logits).nonzero().squeeze(-1)
+        left, right = bins(draw_tokens, logits, in_support)
+        token, log_prob = draw_tokens(logits.expand(len(in_support), -1), (left + right) / 2)
+        assert torch.equal(token, in_support)
         torch.testing.assert_close(right - left, log_prob.exp(), rtol=1e-6, atol=1e-15)
         assert log_prob.exp().sum().item() == pytest.approx(1, abs=1e-12)
-        # The bins leave no gap, so that no room is left for the impossible tokens.
+        # The bins leave no gap, so that they leave no room for tokens of probability 0.
         torch.testing.assert_close(left[1:], right[:-1], rtol=0, atol=1e-15)
 
     def test_a_long_tail_over_49152_tokens(self):
@@ -161,7 +161,7 @@ class TestEdgesOfDrawTokens:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     @pytest.mark.parametrize("v", [1, 2, 255, 256, 257, 300, 1000])
     @pytest.mark.parametrize("u", [0.0, 5e-324, 0.5, LAST])
-    def test_one_possible_token_is_always_drawn(self, v, u, dtype):
+    def test_a_token_of_probability_one_is_always_drawn(self, v, u, dtype):
         only = torch.tensor(sorted({0, v // 2, v - 1}))
         logits = torch.full((len(only), v), -torch.inf, dtype=dtype)
         logits[range(len(only)), only] = 700.0
@@ -170,8 +170,8 @@ class TestEdgesOfDrawTokens:
         assert (log_prob == 0).all()
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-    def test_impossible_tokens_around_the_edges_are_never_drawn(self, dtype):
-        # Blocks that are impossible as a whole at either end, and single tokens beside edges.
+    def test_tokens_of_probability_zero_around_the_edges_are_never_drawn(self, dtype):
+        # Blocks of probability 0 at either end, and single tokens beside edges.
         logits = torch.randn(4 * 256 + 100, generator=torch.Generator().manual_seed(0)).to(dtype)
         logits[:300] = -torch.inf
         logits[700:] = -torch.inf
@@ -189,15 +189,15 @@ class TestEdgesOfDrawTokens:
         v=st.integers(1, 700),
         # Below the maximum by 87 nats float32 starts to lose digits, and 2^-53 is 37 nats away.
         scale=st.sampled_from([0.0, 1.0, 8.0]),
-        impossible=st.floats(0, 0.99),
+        zero_fraction=st.floats(0, 0.99),
         u=st.one_of(
             st.floats(0, LAST), st.sampled_from([0.0, 5e-324, 2.0**-53, 0.5, 1 - 2.0**-52, LAST])
         ),
     )
-    def test_whatever_the_logits_the_token_is_possible(self, seed, v, scale, impossible, u):
+    def test_the_token_is_in_the_support(self, seed, v, scale, zero_fraction, u):
         generator = torch.Generator().manual_seed(seed)
         logits = scale * torch.randn(3, v, generator=generator)
-        logits[torch.rand(3, v, generator=generator) < impossible] = -torch.inf
+        logits[torch.rand(3, v, generator=generator) < zero_fraction] = -torch.inf
         logits[:, torch.randint(v, (1,), generator=generator)] = 0.0
         token, log_prob = draw_tokens(logits, torch.tensor([u, 0.0, LAST], dtype=torch.float64))
         chosen = logits.double().log_softmax(-1).gather(-1, token.unsqueeze(-1)).squeeze(-1)

@@ -10,7 +10,7 @@ from dmgen.models import LanguageModel, Samples, TabularLM
 
 
 def with_zeros():
-    """A world in which some tokens are impossible, the EOS too after some prefixes."""
+    """Return a world in which some tokens, after some prefixes also the EOS, have probability 0."""
     model = TabularLM.random("ab.", 3, eos=".", seed=4)
     logits = model.logits.detach().clone()
     logits[0, 1] = -torch.inf
@@ -71,12 +71,12 @@ class TestEnumerate:
         assert world.sample(5, max_new_tokens=2).tokens.shape == (5, 2)
 
 
-class TestImpossibleTokens:
+class TestTokensOfProbabilityZero:
     def test_have_log_prob_minus_infinity_and_are_never_drawn(self):
         model = with_zeros()
         space = model.enumerate()
-        impossible = space.log_prob == -torch.inf
-        assert impossible.any()
+        outside = space.log_prob == -torch.inf
+        assert outside.any()
         assert space.log_prob.exp().sum().item() == pytest.approx(1, abs=1e-12)
         samples = model.sample(5000, seed=0)
         assert torch.isfinite(samples.log_prob).all()

@@ -45,9 +45,6 @@ def passes(
 
     A pass has `batch_size` texts, or as many as there is memory for. Masked tokens, which may be no
     legal ids, are replaced by EOS.
-
-    Raises:
-        ValueError: a prompt and its longest text do not fit the model's context.
     """
     lengths = samples.n_tokens
     rows_of: dict[str, list[int]] = {}

@@ -14,16 +14,10 @@ from dmgen.models.random_draws import draw_tokens
 
 
 def decode(model: Any, start: Tensor, u: Tensor, eos: int) -> tuple[Tensor, Tensor]:
-    """Draw texts that follow the ids `start`, with their log-probabilities.
+    """Draw texts that follow the ids `start`, `(L,)`, from uniforms `u`, float64 `(n, T)`.
 
-    Args:
-        model: a causal language model of transformers.
-        start: long `(L,)`, L >= 1.
-        u: float64 `(n, T)`, uniform in [0, 1); row i determines text i.
-        eos: id of the token that ends a text.
-
-    Returns:
-        Tokens, long `(n, T)`, `eos` after the end, and log-probabilities, float64 `(n,)`, nats.
+    Row i of `u` determines text i. Return tokens, long `(n, T)`, `eos` after the end, and
+    log-probabilities in nats, float64 `(n,)`.
     """
     n, length = u.shape
     tokens = torch.full((n, length), eos, device=u.device)
@@ -59,10 +53,7 @@ def decode(model: Any, start: Tensor, u: Tensor, eos: int) -> tuple[Tensor, Tens
 
 
 def cache_argument(model: Any) -> str:
-    """Return the name of the cache argument of the model's forward.
-
-    Versions 5.x of transformers use "cache" or "past_key_values".
-    """
+    """Return the name of the cache argument of the model's forward; transformers 5.x has two."""
     for kind in type(model).__mro__:
         forward = vars(kind).get("forward")
         parameters = inspect.signature(forward).parameters if forward else {}

@@ -41,19 +41,9 @@ def attend(
     devices, for more than 256 keys, and for anything but causal attention, torch's kernel is used.
     The gain is largest in the backward pass in bfloat16.
 
-    Args:
-        module: the attention layer.
-        query: `(n, heads, t, d)`; t is the number of keys, or 1 for the last position alone.
-        key: `(n, key heads, keys, d)`; heads is a multiple of key heads.
-        value: `(n, key heads, keys, d)`.
-        attention_mask: None, else torch's kernel is used.
-        scaling: None means `1/sqrt(d)`.
-        dropout: as in transformers.
-        is_causal: as in transformers.
-        **others: further options of transformers, passed to torch's kernel.
-
-    Returns:
-        `(n, t, heads, d)`, and None instead of attention weights.
+    `query` is `(n, heads, t, d)`, where t is the number of keys, or 1 for the last position alone;
+    `key` and `value` are `(n, key heads, keys, d)`, where heads is a multiple of key heads. Without
+    `scaling` it is `1/sqrt(d)`. The result is `(n, t, heads, d)`, and None for the weights.
     """
     n, heads, t, width = query.shape
     n_keys = key.shape[2]

@@ -61,9 +61,7 @@ def _only_cached(source: str) -> bool:
     """Return whether `source` must come from the local cache because the hub cannot be reached.
 
     One request is made and not repeated; transformers itself would retry for most of a minute.
-
-    Raises:
-        ValueError: `source` is neither a folder here nor a model on the hub.
+    Raise ValueError if `source` is neither a folder here nor a model on the hub.
     """
     if Path(source).is_dir():
         return False

@@ -56,7 +56,7 @@ def test_passes_are_filled_by_memory(monkeypatch):
 
 
 def test_how_many_texts_have_ended_makes_few_shapes(monkeypatch):
-    """A library may keep code for every shape of a product that it meets."""
+    """Few shapes matter because a library may keep compiled code for each of them."""
     lm = lm_of(tied_llama, scale=0.3, length=12)
     monkeypatch.setattr(batching, "_PASS_TOKENS_ON_CPU", 400)
     n_states, real = set(), scoring.chosen_log_prob

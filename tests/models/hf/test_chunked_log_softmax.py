@@ -14,7 +14,7 @@ from dmgen.models.hf.chunked_log_softmax import chosen_log_prob
 
 
 class Products(TorchDispatchMode):
-    """The types of all that is multiplied, and how many products there are."""
+    """A mode that records the types of the factors of matrix products, and counts these."""
 
     def __init__(self):
         super().__init__()
@@ -44,7 +44,7 @@ def plain(hidden, weight, bias, tokens):
 
 
 def value_and_gradients(function, inputs, tokens, grad):
-    """The result, and the gradient of `grad · result` for the inputs that are not None."""
+    """Return the result, and the gradient of `grad · result` for the inputs that are not None."""
     inputs = [x if x is None else x.detach().requires_grad_() for x in inputs]
     value = function(*inputs, tokens)
     found = torch.autograd.grad(value @ grad, [x for x in inputs if x is not None])
@@ -53,7 +53,7 @@ def value_and_gradients(function, inputs, tokens, grad):
 
 @pytest.fixture(autouse=True)
 def _narrow_blocks(monkeypatch):
-    """The blocks of these small layers are as narrow as `chunk` says."""
+    """Let the blocks of these small layers be as narrow as `chunk` requests."""
     monkeypatch.setattr(chunked_log_softmax, "_MIN_WIDTH", 1)
 
 
@@ -86,10 +86,10 @@ class TestEqualsThePlainDefinition:
         hidden, weight, bias, tokens, _ = layer(4, 3, 7)
         inputs = [x.requires_grad_() for x in (hidden, weight, bias)]
 
-        def law(*inputs):
+        def log_prob(*inputs):
             return chosen_log_prob(*inputs, tokens, chunk=8, keep=keep)
 
-        assert torch.autograd.gradcheck(law, inputs)
+        assert torch.autograd.gradcheck(log_prob, inputs)
 
     def test_large_logits_do_not_overflow(self):
         hidden, weight, bias, tokens, _ = layer(5, 3, 8, dtype=torch.float32, size=1e4)
@@ -125,12 +125,12 @@ class TestEqualsThePlainDefinition:
         found, expected = (
             value_and_gradients(
                 # The next token from the embedding of this one: the weight is used twice.
-                lambda w, t, law=law: law(torch.tanh(w[t.flip(0)]), w, None, t),
+                lambda w, t, f=function: f(torch.tanh(w[t.flip(0)]), w, None, t),
                 (weight,),
                 tokens,
                 grad,
             )
-            for law in (chosen_log_prob, plain)
+            for function in (chosen_log_prob, plain)
         )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
@@ -168,7 +168,7 @@ class TestPrecision:
     UNIT = {torch.bfloat16: 2.0**-8, torch.float32: 2.0**-24}  # noqa: RUF012
 
     def bounds(self, dtype, hidden, weight, bias, tokens, grad):
-        """The exact value and gradients, and how far each may be off.
+        """Return the exact value and gradients, and a bound on the error of each.
 
         A logit is off by u of itself when it is rounded, and by D u₃₂ of the sum of its terms'
         sizes when it is summed up; the largest such error e moves a log-probability by 2e (and the
@@ -188,25 +188,25 @@ class TestPrecision:
         sizes = (hidden @ weight.T + bias).softmax(-1)
         sizes[range(m), tokens] += 1
         sizes *= grad.double().abs().unsqueeze(-1)  # (M, V)
-        share = torch.expm1(value_off) + 2 * u + (m + v) * u32
+        relative = torch.expm1(value_off) + 2 * u + (m + v) * u32
         return exact, [
             value_off,
-            share * (sizes @ weight.abs()),
-            share * (sizes.T @ hidden.abs()),
-            share * sizes.sum(0),
+            relative * (sizes @ weight.abs()),
+            relative * (sizes.T @ hidden.abs()),
+            relative * sizes.sum(0),
         ]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("law", ["again", "kept", "plain"])
-    def test_is_within_rounding(self, dtype, law):
+    @pytest.mark.parametrize("path", ["again", "kept", "plain"])
+    def test_is_within_rounding(self, dtype, path):
         hidden, weight, bias, tokens, grad = layer(40, 24, 500, dtype=torch.float32, size=0.2)
         # What autocast makes of the inputs is exact in both.
         hidden, weight, bias = (x.to(dtype).float() for x in (hidden, weight, bias))
         exact, allowed = self.bounds(dtype, hidden, weight, bias, tokens, grad)
 
         def lifted(hidden, weight, bias, tokens):
-            if law != "plain":
-                keep = 2**20 if law == "kept" else 0
+            if path != "plain":
+                keep = 2**20 if path == "kept" else 0
                 return chosen_log_prob(hidden, weight, bias, tokens, chunk=40 * 64, keep=keep)
             logits = torch.nn.functional.linear(hidden, weight, bias).float()
             return logits.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
@@ -271,9 +271,9 @@ class TestMemory:
         with torch.autocast("cpu", torch.bfloat16):
             found = chosen_log_prob(hidden, weight, None, torch.tensor([0]), keep=keep)
         found.backward()
-        share = 1 / (1 + math.exp(float(weight[0, 0])))
+        p_other = 1 / (1 + math.exp(float(weight[0, 0])))
         # The only rounding that matters is that of p: one unit of bfloat16 for each factor.
-        assert float(hidden.grad) == pytest.approx(share * float(weight[0, 0]), rel=3 * 2.0**-8)
+        assert float(hidden.grad) == pytest.approx(p_other * float(weight[0, 0]), rel=3 * 2.0**-8)
 
     def test_the_graph_can_be_used_twice(self):
         hidden, weight, bias, tokens, grad = layer(8, 3, 20)
@@ -284,7 +284,7 @@ class TestMemory:
 
 
 def test_without_a_gradient_nothing_is_kept(monkeypatch):
-    """A weight that is trained wants a gradient, but no_grad says that there will be none."""
+    """Keep nothing under `no_grad`, even if the weight requires a gradient."""
     calls, real = [], chunked_log_softmax._without
     monkeypatch.setattr(chunked_log_softmax, "_without", lambda *a: calls.append(1) or real(*a))
     hidden, weight, _, tokens, _ = layer(6, 4, 10)

@@ -30,7 +30,7 @@ def tensors(heads, key_heads, t, n_keys, *, dtype=torch.float32, width=8):
 
 @pytest.fixture
 def fused(monkeypatch):
-    """How often torch's own kernel was asked."""
+    """Return a list with one entry per call of torch's kernel."""
     calls = []
     real = fast_attention.sdpa_attention_forward
     monkeypatch.setattr(
@@ -99,7 +99,7 @@ def test_a_mask_goes_to_torch(fused):
 
 
 @pytest.mark.parametrize("name", ["gpt2_lm", "llama_lm"])
-def test_the_law_of_a_model_stays(request, name, tmp_path):
+def test_a_model_keeps_its_distribution(request, name, tmp_path):
     own = request.getfixturevalue(name)
     own.save_pretrained(tmp_path)
     assert fast_attention.NAME not in (tmp_path / "config.json").read_text(encoding="utf-8")

@@ -22,7 +22,7 @@ from dmgen.models.hf.tokenization import start_ids
 
 
 def plain(x, weight, eps):
-    """In float64, as it is defined."""
+    """Return the norm by its definition, in float64."""
     x, weight = x.double(), weight.double()
     return weight * x / (x.square().mean(-1, keepdim=True) + eps).sqrt()
 
@@ -40,7 +40,7 @@ def fast_mlps(model):
 
 
 def bytes_kept(call):
-    """What autograd keeps of a call for its backward pass."""
+    """Return the bytes that autograd keeps of a call for its backward pass."""
     own = {}
 
     def count(tensor):
@@ -256,7 +256,7 @@ def test_a_model_is_no_less_exact_than_with_its_own_norms(dtype):
 
 
 def test_little_is_kept_for_the_backward_pass():
-    """In bfloat16 the states and a number a row, where the plain norm keeps them in float32 too."""
+    """In bfloat16 the states and one number per row; the plain norm also keeps float32 states."""
     x = states(64, 576, dtype=torch.bfloat16).requires_grad_()
     weight = torch.nn.Parameter(torch.ones(576, dtype=torch.bfloat16))
     fast, slow = RMSNorm(weight, 1e-5), LlamaRMSNorm(576, eps=1e-5).bfloat16()

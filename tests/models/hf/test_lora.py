@@ -35,7 +35,7 @@ def policy(base):
 
 
 def shaken(policy, *, scale=0.3, seed=0):
-    """The policy with random numbers in its adapter, so that its law is far from the base's."""
+    """Return the policy with random numbers in its adapter, so that it is far from the base."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in policy.parameters():
@@ -44,7 +44,7 @@ def shaken(policy, *, scale=0.3, seed=0):
 
 
 def train(policy, text, steps=3):
-    """Makes one text more probable."""
+    """Make one text more probable."""
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     for _ in range(steps):
         optimizer.zero_grad()
@@ -71,7 +71,7 @@ def test_contract_of_a_policy(check, make):
 
 
 class TestTheBase:
-    def test_the_law_is_its_own_at_first(self, base, policy):
+    def test_the_distribution_is_that_of_the_base_at_first(self, base, policy):
         space = space_of(base)
         # What the adapter adds is exactly 0.
         assert torch.equal(policy.log_prob(space), base.log_prob(space))
@@ -79,9 +79,9 @@ class TestTheBase:
         assert torch.equal(drawn.tokens, expected.tokens)
         assert torch.equal(drawn.log_prob, expected.log_prob)
 
-    def test_keeps_its_law_and_its_texts_while_the_adapter_is_trained(self, base, policy):
+    def test_keeps_its_distribution_and_its_texts_while_the_adapter_is_trained(self, base, policy):
         space = space_of(base)
-        law, texts = base.log_prob(space), base.sample(50, seed=0)
+        expected, texts = base.log_prob(space), base.sample(50, seed=0)
         weights = {name: p.clone() for name, p in base.model.named_parameters()}
         for step in range(3):
             train(policy, space[:1], steps=1)
@@ -89,11 +89,11 @@ class TestTheBase:
             torch.testing.assert_close(
                 drawn.log_prob, policy.log_prob(drawn), rtol=0, atol=contracts.FLOAT32
             )
-            assert torch.equal(base.log_prob(space), law)
+            assert torch.equal(base.log_prob(space), expected)
             again = base.sample(50, seed=0)
             assert torch.equal(again.tokens, texts.tokens)
             assert torch.equal(again.log_prob, texts.log_prob)
-            assert not torch.equal(policy.log_prob(space), law), step
+            assert not torch.equal(policy.log_prob(space), expected), step
         for name, parameter in base.model.named_parameters():
             assert torch.equal(parameter, weights[name])
             assert not parameter.requires_grad
@@ -173,15 +173,15 @@ class TestTheAdapter:
     def test_a_copy_is_independent_of_it(self, base, policy):
         space = space_of(base)
         copy = shaken(policy).copy()
-        law = policy.log_prob(space)
-        assert torch.equal(copy.log_prob(space), law)
+        before = policy.log_prob(space)
+        assert torch.equal(copy.log_prob(space), before)
         train(copy, space[:1])
-        assert torch.equal(policy.log_prob(space), law)
-        assert (copy.log_prob(space) - law).abs().max() > 1e-3
+        assert torch.equal(policy.log_prob(space), before)
+        assert (copy.log_prob(space) - before).abs().max() > 1e-3
         assert all(p.requires_grad for p in copy.parameters())
-        law = copy.log_prob(space)
+        before = copy.log_prob(space)
         train(policy, space[1:2])
-        assert torch.equal(copy.log_prob(space), law)
+        assert torch.equal(copy.log_prob(space), before)
 
     def test_over_bfloat16_weights_stays_float32_and_records_what_it_drew(self):
         exact = shaken(tiny_gpt2().copy(adapter="lora", rank=2))
@@ -206,9 +206,9 @@ class TestSaving:
         narrow = CausalLM(base.model.to(dtype), base.tokenizer, max_new_tokens=3)
         policy = shaken(narrow.copy(adapter="lora", rank=2))
         space = space_of(policy)
-        law = policy.log_prob(space)
+        before = policy.log_prob(space)
         policy.save_pretrained(tmp_path)
-        assert torch.equal(policy.log_prob(space), law)
+        assert torch.equal(policy.log_prob(space), before)
 
         assert not list(tmp_path.glob("adapter*"))
         assert "peft" not in (tmp_path / "config.json").read_text(encoding="utf-8").lower()
@@ -216,9 +216,11 @@ class TestSaving:
         loaded = CausalLM.from_pretrained(tmp_path, device="cpu", max_new_tokens=3)
         assert not any("lora" in name for name in loaded.state_dict())
         if dtype == torch.float32:
-            torch.testing.assert_close(loaded.log_prob(space), law, rtol=0, atol=contracts.FLOAT32)
+            torch.testing.assert_close(
+                loaded.log_prob(space), before, rtol=0, atol=contracts.FLOAT32
+            )
         else:  # the saved weights are exact where the policy computes in bfloat16
-            assert 1e-4 < (loaded.log_prob(space) - law).abs().max() < 1
+            assert 1e-4 < (loaded.log_prob(space) - before).abs().max() < 1
 
         model = AutoModelForCausalLM.from_pretrained(tmp_path)
         start = start_ids(policy.model, policy.tokenizer, "", 3).expand(len(space), -1)

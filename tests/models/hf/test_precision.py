@@ -9,7 +9,7 @@ from dmgen.models import CausalLM
 
 
 def tiny_gemma3():
-    """It scales its embedding, here by √24."""
+    """Return a Gemma 3, which scales its embeddings, here by √24."""
     tokenizer = letters("<end>", bos="<end>", eos="<end>")
     config = Gemma3TextConfig(vocab_size=len(tokenizer), **SIZES | {"hidden_size": 24})
     model = randomised(Gemma3ForCausalLM(config), scale=0.3, seed=0)

@@ -126,7 +126,7 @@ class TestWhichModels:
         assert (grown.log_prob(samples) - plain_log_prob(grown, samples)).abs().max() > 1
 
     @pytest.mark.parametrize("make", [*LINEAR.values(), *OTHER.values()], ids=[*LINEAR, *OTHER])
-    def test_the_law_is_that_of_the_models_own_logits(self, make):
+    def test_scores_are_those_of_the_models_own_logits(self, make):
         lm = lm_of(make, scale=0.4)
         samples = Samples.cat([lm.sample(12, prompt=p, seed=0) for p in ("", "ab")])
         plain = plain_log_prob(lm, samples)
@@ -180,8 +180,8 @@ def halved(layer):
     return lambda x: forward(x) / 2
 
 
-def test_the_check_of_a_model_is_on_its_own_words():
-    """A model whose trunk alone says something else than the whole is scored as a whole."""
+def test_a_model_that_shifts_its_inputs_is_not_chunked():
+    """A model whose output is not that of its base model and output layer is scored as a whole."""
 
     class Shifted(LlamaForCausalLM):
         def forward(self, input_ids, **options):

@@ -69,7 +69,7 @@ class TestContext:
 
 
 def test_longrope_ends_where_its_frequencies_change():
-    """Beyond it, a text has another law when it is scored than while it is decoded."""
+    """Beyond this position, decoding and scoring use different distributions."""
     rope = {
         "rope_type": "longrope",
         "rope_theta": 10000.0,
