@@ -1,4 +1,4 @@
-"""Files: atomic writes, JSON, JSON lines and YAML; nothing here knows what they hold."""
+"""Files: atomic writes, JSON, JSON lines, YAML and tensors; nothing here knows what they mean."""
 
 from __future__ import annotations
 
@@ -13,9 +13,20 @@ from torch import Tensor
 
 from dmgen.estimates.score import finite
 
+__all__ = [
+    "apart",
+    "append_row",
+    "as_yaml",
+    "read_json",
+    "read_rows",
+    "write_json",
+    "write_rows",
+    "write_text",
+]
+
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Adds one JSON line; a reader never sees half of it after a crash, see `read_rows`.
+    """Add a JSON line; `read_rows` leaves out a line that a crash cut off.
 
     A number that is not finite becomes null: JSON has no other word for it.
     """
@@ -23,13 +34,12 @@ def append_row(path: Path, row: Mapping[str, Any]) -> None:
         f.write(_line(row))
 
 
-def _line(row: Mapping[str, Any]) -> str:
-    plain = {k: finite(v) if isinstance(v, float) else v for k, v in row.items()}
-    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"
-
-
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line that was cut off by a crash is left out."""
+    """Return the rows of a JSON-lines file, without a last line that a crash cut off.
+
+    Raises:
+        ValueError: a line before the last is not JSON; the message names file and line.
+    """
     rows = []
     lines = path.read_bytes().split(b"\n")
     for i, line in enumerate(lines):
@@ -44,11 +54,16 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Replace a JSON-lines file, atomically."""
+    write_text(path, "".join(_line(row) for row in rows))
+
+
 def read_json(path: Path) -> Any:
-    """The value in a JSON file.
+    """Return the value in a JSON file.
 
     Raises:
-        ValueError: it is not JSON; names the file.
+        ValueError: the file is not JSON; the message names it.
     """
     try:
         return json.loads(path.read_bytes())
@@ -56,8 +71,17 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is damaged, it is not JSON: {error}") from error
 
 
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replaces a file in one move: a reader sees the old text or the new, never half."""
+    """Write a text atomically: a reader sees the old text or the new one, never half of it.
+
+    Raises:
+        ValueError: the path is a folder.
+    """
     if path.is_dir():
         raise ValueError(f"{path} is a folder: give a file")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,33 +90,28 @@ def write_text(path: Path, text: str) -> None:
     os.replace(partial, path)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON."""
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def as_yaml(config: Mapping[str, Any]) -> str:
-    """Plain values as YAML text."""
-    # Escaped: YAML reads some characters, such as \x85, back as blanks.
-    return str(yaml.safe_dump(dict(config), sort_keys=False))
-
-
-def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Replaces a JSON-lines file."""
-    write_text(path, "".join(_line(row) for row in rows))
+def as_yaml(values: Mapping[str, Any]) -> str:
+    """Return plain values as YAML text."""
+    # Not allow_unicode: YAML reads some bare characters, such as \x85, back as blanks.
+    return str(yaml.safe_dump(dict(values), sort_keys=False))
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, none sharing memory with another: safetensors refuses that.
+    """Return the tensors on the CPU, none sharing memory with another: safetensors refuses that.
 
-    Only what shares is copied: a copy of all would take as much memory again.
+    Only a tensor that shares memory is copied: a copy of all would take as much memory again.
     """
-    plain: dict[str, Tensor] = {}
-    taken = set()
+    separate: dict[str, Tensor] = {}
+    addresses = set()
     for name, tensor in tensors.items():
-        own = tensor.detach().cpu().contiguous()
-        if own.untyped_storage().data_ptr() in taken:
-            own = own.clone()
-        taken.add(own.untyped_storage().data_ptr())
-        plain[name] = own
-    return plain
+        plain = tensor.detach().cpu().contiguous()
+        if plain.untyped_storage().data_ptr() in addresses:
+            plain = plain.clone()
+        addresses.add(plain.untyped_storage().data_ptr())
+        separate[name] = plain
+    return separate
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    plain = {k: finite(v) if isinstance(v, float) else v for k, v in row.items()}
+    return json.dumps(plain, ensure_ascii=False, allow_nan=False) + "\n"

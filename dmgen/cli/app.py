@@ -1,65 +1,55 @@
-"""The command line. Results go to stdout, all else to stderr."""
+"""The commands. Results go to stdout, all else to stderr.
+
+Nothing heavy is imported before a command runs: `dmgen --help` must not wait for torch.
+"""
 
 from __future__ import annotations
 
 import io
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 import dmgen
-from dmgen import report as pages
-from dmgen.cli.console import (
-    TRACKERS,
-    base_of,
-    finished,
-    fit_target,
-    load_model,
-    plan,
-    refuse_other_run,
-    refuse_tracker,
-    refuse_used,
-)
-from dmgen.cli.console import run as run_all
-from dmgen.experiment.config import EvaluateConfig, FitConfig, RunConfig, from_anywhere
-from dmgen.experiment.publish import load_target
-from dmgen.training.distributed import n_launched
+from dmgen.validation import check_choice
 
-# Everything that `dmgen demo` sets, and what its config.yaml will say.
-DEMO = RunConfig(
-    base="tiny-bios",
-    constraints=[{"moment": {"gender": "female"}, "target": 0.5}],
-    max_new_tokens=40,
-    method="GDCpp",
-    n_steps=70,
-    fit=FitConfig(n_samples=10_240),
-    trainer=dmgen.TrainerConfig(
-        batch_size=1024,
-        backward_size=320,
-        learning_rate=1.7e-4,
-        warmup_steps=3,
-        average_decay=0.95,
-        proposal_rule="policy",
-        first_batches_from_fit=True,
-        checkpoint_every=10,
-    ),
-    evaluate=EvaluateConfig(n_samples=2048),
-)
+# All settings of `dmgen demo`; those left out are defaults.
+DEMO: dict[str, Any] = {
+    "base": "tiny-bios",
+    "constraints": [{"moment": {"gender": "female"}, "target": 0.5}],
+    "max_new_tokens": 40,
+    "method": "GDCpp",
+    "n_steps": 70,
+    "fit": {"n_samples": 10_240},
+    "trainer": {
+        "batch_size": 1024,
+        "backward_size": 320,
+        "learning_rate": 1.7e-4,
+        "warmup_steps": 3,
+        "average_decay": 0.95,
+        "proposal_rule": "policy",
+        "first_batches_from_fit": True,
+        "checkpoint_every": 10,
+    },
+    "evaluate": {"n_samples": 2048},
+}
+# Trackers of accelerate; each needs its own package.
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 # An ImportError is an extra that is not installed, and says so.
 _BAD_INPUT = (ValueError, TypeError, ImportError)
-# What a run can meet without a fault of dmgen's: full disks and memories, no device, no numbers.
+# Failures without a fault of dmgen's: full disks and memories, no device, no numbers.
 _FAILURES = (ArithmeticError, OSError, RuntimeError, MemoryError)
 
 
 class _Commands(TyperGroup):
-    """Makes an error one message and an exit code: 2 bad input, 1 a failure, 130 Ctrl-C."""
+    """Turn an error into a message and an exit code: 2 bad input, 1 a failure, 130 Ctrl-C."""
 
     def invoke(self, ctx: Any) -> Any:
+        """Run the command that the arguments name."""
         try:
             return super().invoke(ctx)
         except (typer.Exit, typer.Abort, BrokenPipeError):
@@ -73,6 +63,30 @@ class _Commands(TyperGroup):
                 f"Error: {str(error) or type(error).__name__}", err=True, fg=typer.colors.RED
             )
             raise typer.Exit(2 if isinstance(error, _BAD_INPUT) else 1) from None
+
+
+class _Command(TyperCommand):
+    """A command that refuses launchers and quiets transformers; its help does neither."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command; its arguments are parsed by now, so that `--help` came before."""
+        from transformers.utils import logging
+
+        from dmgen.training.distributed import n_launched
+
+        if n_launched() > 1:
+            raise ValueError(
+                f"dmgen works in one process, and a launcher started it in {n_launched()} "
+                "processes: to train in several, use dmgen's trainers in a script"
+            )
+        # A console without Greek letters shows "?" for them, and does not end the run.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
+        # The one place that quiets transformers: its bars and notes would tear ours apart.
+        logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        return super().invoke(ctx)
 
 
 main = typer.Typer(
@@ -105,20 +119,6 @@ def _begin(
 
     Start with `dmgen demo`: it debiases a small embedded model in a few minutes, offline.
     """
-    if n_launched() > 1:
-        raise ValueError(
-            f"dmgen works in one process, and a launcher started it in {n_launched()} processes: "
-            "to train in several, use dmgen's samplers in a script"
-        )
-    # A console without Greek letters shows "?" for them, and does not end the run.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    # The one place that quiets transformers: its bars and notes would tear ours apart.
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 _Run = Annotated[
@@ -141,7 +141,7 @@ _Device = Annotated[
 ]
 
 
-@main.command()
+@main.command(cls=_Command)
 def demo(
     out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/demo"),
     seed: Annotated[int, typer.Option(help="Another seed gives other texts.")] = 0,
@@ -152,17 +152,33 @@ def demo(
     downloaded. The command fits the target, trains a policy, evaluates it on fresh texts, and
     leaves a run folder that the other commands read.
     """
-    config = replace(
-        DEMO,
-        trainer=replace(DEMO.trainer, seed=seed),
-        fit=replace(DEMO.fit, seed=seed + 1),
-        evaluate=replace(DEMO.evaluate, seed=seed + 2),
-    )
-    refuse_used(out)
-    run_all(config, out)
+    from dmgen.cli import console
+    from dmgen.experiment.config import RunConfig
+
+    settings = {"trainer": seed, "fit": seed + 1, "evaluate": seed + 2}
+    seeds = {section: DEMO[section] | {"seed": value} for section, value in settings.items()}
+    console.run(RunConfig.from_mapping(DEMO | seeds), out)
 
 
-@main.command()
+# \b keeps the lines of a paragraph as they are.
+_TRAIN_HELP = """Fit a policy to constraints on a language model.
+
+The smallest configuration names a model and what its texts must be like:
+
+\b
+    base: gpt2
+    constraints:
+      - pointwise: {wordlist: sports}
+      - {moment: {gender: female}, target: 0.5}
+
+--print-config shows every other setting with its default. After Ctrl-C, the run goes on with
+
+\b
+    dmgen train RUN/config.yaml --out RUN --resume
+"""
+
+
+@main.command(cls=_Command, help=_TRAIN_HELP)
 def train(
     config: _Config,
     overrides: _Overrides = None,
@@ -182,37 +198,23 @@ def train(
         bool, typer.Option("--print-config", help="Show all settings as YAML, and do nothing else.")
     ] = False,
 ) -> None:
-    """Fit a policy to constraints on a language model.
+    """Fit a policy to constraints on a language model."""
+    from dmgen.cli import console
+    from dmgen.experiment.config import RunConfig
 
-    The smallest configuration names a model and what its texts must be like:
-
-    \b
-        base: gpt2
-        constraints:
-          - pointwise: {wordlist: sports}
-          - {moment: {gender: female}, target: 0.5}
-
-    --print-config shows every other setting with its default. After Ctrl-C, the run goes on with
-
-    \b
-        dmgen train RUN/config.yaml --out RUN --resume
-    """
     settings = RunConfig.load(config, overrides or [])
     if print_config:
         typer.echo(settings.to_yaml(), nl=False)
         return
     if out is None:
         raise ValueError("give the run folder to make: --out runs/NAME")
-    refuse_tracker(track)
-    settings = from_anywhere(settings)
-    if resume:
-        refuse_other_run(out, settings)
-    else:
-        refuse_used(out)
-    run_all(settings, out, resume=resume, track=track)
+    if track is not None:
+        check_choice("--track", track, TRACKERS)
+        console.check_tracker_package(track)
+    console.run(settings, out, resume=resume, track=track)
 
 
-@main.command()
+@main.command(cls=_Command)
 def fit(
     config: _Config,
     overrides: _Overrides = None,
@@ -223,12 +225,20 @@ def fit(
     How often the base does what is asked, λ with its error, the least KL(p‖a) that the constraints
     cost, and how many texts a smaller error of λ takes (fit.n_samples).
     """
+    from dmgen.cli import console
+    from dmgen.experiment import build
+    from dmgen.experiment.config import RunConfig
+
     settings = RunConfig.load(config, overrides or [])
-    target = fit_target(settings, load_model(settings.base, settings), show=not as_json)
-    rows = plan(target)
+    base = build.load_model(settings.base, settings)
+    if not as_json:
+        console.show_fit_began(settings.fit.n_samples)
+    target = build.fit_target(settings, base)
+    rows = console.plan(target)
     if as_json:
         typer.echo(json.dumps({"target": target.to_dict(), "plan": rows}, ensure_ascii=False))
         return
+    typer.echo(f"\n{target}\n")
     for row in rows:
         needs = ", ".join(f"± {k}: {v:,}" for k, v in row["samples_for_stderr"].items())
         typer.echo(
@@ -237,7 +247,7 @@ def fit(
         )
 
 
-@main.command()
+@main.command(cls=_Command)
 def report(
     run: _Run,
     out: Annotated[
@@ -246,11 +256,13 @@ def report(
     png: _Png = False,
 ) -> None:
     """Write a run as one HTML page that needs no network."""
-    for path in pages.write_report(run, out, png=png):
+    from dmgen.report import write_report
+
+    for path in write_report(run, out, png=png):
         typer.echo(path)
 
 
-@main.command()
+@main.command(cls=_Command)
 def compare(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN RUN ...", help="Two run folders or more.")
@@ -259,11 +271,13 @@ def compare(
     png: _Png = False,
 ) -> None:
     """Write several runs on one page: methods as colours, seeds as bands."""
-    for path in pages.write_comparison(runs, out, png=png):
+    from dmgen.report import write_comparison
+
+    for path in write_comparison(runs, out, png=png):
         typer.echo(path)
 
 
-@main.command()
+@main.command(cls=_Command)
 def evaluate(
     run: _Run,
     n: Annotated[
@@ -282,18 +296,22 @@ def evaluate(
     options, it gives the figures that the run ended with; but a policy whose adapter was trained in
     half precision is measured in float32, as is its base.
     """
-    config, policy = finished(run, device)
-    target = load_target(run, config, base_of(config))
-    scores = dmgen.evaluate(
+    from dmgen.experiment import build
+    from dmgen.experiment.folder import finished_config
+
+    config = finished_config(run, device)
+    policy = build.load_finished_policy(run, config)
+    target = build.load_target(run, config, build.load_finished_base(config))
+    evaluation = dmgen.evaluate(
         policy,
         target,
         n_samples=config.evaluate.n_samples if n is None else n,
         seed=config.evaluate.seed if seed is None else seed,
     )
-    typer.echo(scores.to_json() if as_json else scores)
+    typer.echo(evaluation.to_json() if as_json else evaluation)
 
 
-@main.command()
+@main.command(cls=_Command)
 def sample(
     run: _Run,
     n: Annotated[int, typer.Option("-n", min=1, help="How many texts.")] = 20,
@@ -304,15 +322,22 @@ def sample(
     as_json: _Json = False,
 ) -> None:
     """Print texts of the policy of a run."""
-    config, policy = finished(run, device)
-    drawn = policy.sample(n, prompt=config.prompt, seed=seed)
+    from dmgen.experiment import build
+    from dmgen.experiment.folder import finished_config
+
+    config = finished_config(run, device)
+    texts = build.load_finished_policy(run, config).sample(n, prompt=config.prompt, seed=seed)
     if not as_json:
-        for i, text in enumerate(drawn.texts, 1):
+        for i, text in enumerate(texts.texts, 1):
             typer.echo(f"{i:>{len(str(n))}}  {' '.join(text.split())}")
         return
-    read = {f.name: f for c in config.build_constraints() for f in c.features}
-    values = {name: f(drawn.texts, drawn.prompts).tolist() for name, f in read.items()}
-    for i, (text, log_prob) in enumerate(zip(drawn.texts, drawn.log_prob.tolist(), strict=True)):
-        features = {name: column[i] for name, column in values.items()}
-        row = {"prompt": config.prompt, "text": text, "log_prob": log_prob, "features": features}
+    features = {f.name: f for c in build.build_constraints(config) for f in c.features}
+    values = {name: f(texts.texts, texts.prompts).tolist() for name, f in features.items()}
+    for i, (text, log_prob) in enumerate(zip(texts.texts, texts.log_prob.tolist(), strict=True)):
+        row = {
+            "prompt": config.prompt,
+            "text": text,
+            "log_prob": log_prob,
+            "features": {name: column[i] for name, column in values.items()},
+        }
         typer.echo(json.dumps(row, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""The versions that a run's figures depend on."""
+"""`config.yaml` of a run, with the versions that its numbers depend on in a comment."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ from typing import Any
 
 from dmgen.storage import as_yaml, write_text
 
-
-def write_config(folder: Path, config: Mapping[str, Any]) -> None:
-    """Writes `config.yaml`, with the versions it ran under in a comment."""
-    facts = "".join(f"# {name} {value}\n" for name, value in versions().items())
-    write_text(folder / "config.yaml", facts + as_yaml(config))
+__all__ = ["read_versions", "versions", "write_config"]
 
 
 def versions() -> dict[str, str]:
-    """What a run's figures depend on beside its settings."""
+    """Return the versions of dmgen, its libraries and Python, and the machine, by name."""
     names = ("dmgen", "torch", "transformers", "numpy", "scipy", "sacrebleu")
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    return found | {name: _version(name) for name in names}
+    system = {"python": platform.python_version(), "machine": platform.machine()}
+    return system | {name: _version(name) for name in names}
+
+
+def write_config(folder: Path, config: Mapping[str, Any]) -> None:
+    """Write `config.yaml` into a run folder, with the present versions in a comment."""
+    comment = "".join(f"# {name} {value}\n" for name, value in versions().items())
+    write_text(folder / "config.yaml", comment + as_yaml(config))
+
+
+def read_versions(path: Path) -> dict[str, str]:
+    """Return the versions in the comment of a `config.yaml`, by name."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    pairs = [line[1:].strip().partition(" ") for line in lines if line.startswith("#")]
+    return {name: value for name, _, value in pairs if value}
 
 
 def _version(name: str) -> str:

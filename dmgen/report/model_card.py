@@ -11,6 +11,7 @@ from dmgen.experiment.publish import publish
 from dmgen.report import phrasing
 from dmgen.report.answers import questions
 from dmgen.report.read import RunRecord, as_score, policy_rows
+from dmgen.target.fit import TargetFit
 
 __all__ = ["write_model_card"]
 
@@ -27,7 +28,8 @@ def write_model_card(run: str | Path) -> Path:
     folder = record.folder / "policy"
     if record.config is None or record.final is None or not folder.is_dir():
         raise ValueError(f"the run in {run} is not finished: it has no policy that was measured")
-    publish(folder, record.config, record.target)
+    constraints = record.config.build_constraints()
+    publish(folder, record.config, TargetFit.from_dict(record.target, constraints))
     path = folder / "README.md"
     storage.write_text(path, _card(record))
     return path

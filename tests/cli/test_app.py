@@ -16,8 +16,10 @@ from typer.testing import CliRunner
 
 import dmgen
 from dmgen import storage
-from dmgen.cli import app, console
+from dmgen.cli import app
+from dmgen.experiment import build
 from dmgen.experiment.config import RunConfig
+from dmgen.experiment.folder import WRITTEN, finished_config
 from dmgen.experiment.publish import load_published
 from dmgen.training import run_folder
 
@@ -122,7 +124,7 @@ def weights(out):
 class TestTrain:
     def test_the_folder(self, finished, model):
         out, _ = finished
-        assert {path.name for path in out.iterdir()} == set(console.WRITTEN)
+        assert {path.name for path in out.iterdir()} == set(WRITTEN)
         assert RunConfig.load(out / "config.yaml").base == str(model.resolve())
         assert "# torch " in (out / "config.yaml").read_text()
         assert [row["step"] for row in storage.read_rows(out / "metrics.jsonl")] == [
@@ -190,8 +192,9 @@ class TestTrain:
         out = tmp_path / "run"
         lora = ["policy={adapter: lora, rank: 2}", "dtype=bfloat16"]
         assert dmgen_command("train", config, *lora, "--out", out).exit_code == 0
-        settings, policy = console.finished(out, None)
-        base = console.base_of(settings)
+        settings = finished_config(out)
+        policy = build.load_finished_policy(out, settings)
+        base = build.load_finished_base(settings)
         assert policy.dtype == base.dtype == torch.float32
         texts = base.sample(64, seed=0)
         moved = policy.log_prob(texts) - base.log_prob(texts)
@@ -405,7 +408,7 @@ class TestResume:
 
         out = tmp_path / "run"
         with monkeypatch.context() as patched:
-            patched.setattr(dmgen, "evaluate", fail)
+            patched.setattr("dmgen.training.run_folder.append_evaluation", fail)
             result = dmgen_command("train", config, "--out", out)
         assert result.exit_code == 1
         assert "Error: the bound is violated" in result.stderr
@@ -417,14 +420,14 @@ class TestResume:
         (final,) = storage.read_rows(out / "evaluations.jsonl")
         assert final["step"] == 6
 
-    @pytest.mark.parametrize("where", ["_compare_texts", "report.write_model_card"])
+    @pytest.mark.parametrize("where", ["dmgen.storage.write_rows", "dmgen.report.write_model_card"])
     def test_a_failure_while_writing_is_made_good(self, where, config, tmp_path, monkeypatch):
         def stop(*_, **__):
             raise KeyboardInterrupt
 
         out = tmp_path / "run"
         with monkeypatch.context() as patched:
-            patched.setattr(f"dmgen.cli.console.{where}", stop)
+            patched.setattr(where, stop)
             assert dmgen_command("train", config, "--out", out).exit_code == 130
         again = dmgen_command("train", out / "config.yaml", "--out", out, "--resume")
         assert again.exit_code == 0, again.output
@@ -434,7 +437,7 @@ class TestResume:
         # Nor does the card of fewer steps stand for that of more.
         more = (out / "config.yaml", "--out", out, "--resume", "n_steps=8")
         with monkeypatch.context() as patched:
-            patched.setattr(f"dmgen.cli.console.{where}", stop)
+            patched.setattr(where, stop)
             stopped = dmgen_command("train", *more)
         assert stopped.exit_code == 130
         assert "to go on from it" in stopped.stderr
@@ -476,7 +479,7 @@ class TestResume:
             raise KeyboardInterrupt
 
         out = tmp_path / "run"
-        monkeypatch.setattr(dmgen.GDCpp, "_step", stop)
+        monkeypatch.setattr(dmgen.GDCpp, "train", stop)
         result = dmgen_command("train", config, "--out", out)
         assert result.exit_code == 130
         assert "keeps λ, but there was no checkpoint yet; to train again" in result.stderr
@@ -521,9 +524,9 @@ class TestDemo:
     def test_it_runs_and_its_folder_serves_the_other_commands(self, config, tmp_path, monkeypatch):
         small = RunConfig.load(config)
         # The demo's own configuration must stay one that a newcomer can read and go on from.
-        assert app.DEMO.base == "tiny-bios"
-        assert app.DEMO.constraints == small.constraints
-        monkeypatch.setattr(app, "DEMO", small)
+        assert app.DEMO["base"] == "tiny-bios"
+        assert app.DEMO["constraints"] == small.constraints
+        monkeypatch.setattr(app, "DEMO", small.to_mapping())
         monkeypatch.chdir(tmp_path)
         result = dmgen_command("demo", "--seed", 4)
         assert result.exit_code == 0, result.output
@@ -579,7 +582,7 @@ class TestEvidence:
         refused(dmgen_command("compare", finished[0]), "two run folders at least")
         refused(
             dmgen_command("train", config, "--out", tmp_path / "x", "--track", "paper"),
-            "--track must be one of tensorboard",
+            "--track must be one of 'tensorboard'",
         )
         from accelerate.tracking import get_available_trackers
 
@@ -592,7 +595,7 @@ class TestEvidence:
             assert not (tmp_path / "x").exists()
         refused(
             dmgen_command("train", config, "--out", tmp_path / "x", "method_options.divergence=js"),
-            "GDCpp takes no option 'divergence'",
+            "unknown option of GDCpp 'divergence'. There are none",
         )
 
     def test_the_policy_carries_its_certificate(self, finished):

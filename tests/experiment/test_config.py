@@ -1,5 +1,9 @@
+import os
 import re
+import subprocess
+import sys
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,9 +11,17 @@ import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dmgen import EBM, CausalLM, Moment, Pointwise, TabularLM, TrainerConfig, features
-from dmgen.cli.console import fit_target
-from dmgen.experiment.config import SAMPLERS, EvaluateConfig, FitConfig, RunConfig, from_anywhere
+import dmgen
+from dmgen import CausalLM, Moment, Pointwise, TrainerConfig, features
+from dmgen.estimates.f_divergence import f_divergence
+from dmgen.experiment.build import build_constraints, fit_target
+from dmgen.experiment.config import (
+    EvaluateConfig,
+    FitConfig,
+    RunConfig,
+    with_absolute_paths,
+)
+from dmgen.training.methods import METHODS, make_objective
 
 FEMALE = {"moment": {"gender": "female"}, "target": 0.5}
 SPORTS = {"pointwise": {"wordlist": "sports"}}
@@ -58,8 +70,8 @@ class TestReading:
         assert (rate, type(rate)) == (read, float)
 
     def test_every_method_has_its_class(self):
-        assert {name: sampler.__name__ for name, sampler in SAMPLERS.items()} == {
-            name: name for name in SAMPLERS
+        assert {name: method.__name__ for name, method in METHODS.items()} == {
+            name: name for name in METHODS
         }
 
 
@@ -163,10 +175,19 @@ class TestTypes:
             ("fit.n_samples=0", "fit: n_samples must be at least 1"),
             ("evaluate.n_samples=1", "evaluate: n_samples must be at least 2"),
             ("trainer.batch_size=0", "trainer: batch_size must be at least 1"),
-            ("policy.rank=4", "policy: rank and alpha are of an adapter: say adapter: lora"),
+            (
+                "policy.rank=4",
+                "policy: rank and alpha are settings of an adapter: set adapter: lora",
+            ),
             ("policy={adapter: lora, rank: 0}", "policy: rank must be at least 1, got 0"),
-            ("policy={adapter: lora, alpha: -1}", "policy: alpha must be positive"),
-            ("policy.adapter=lore", "policy: adapter must be one of (None, 'lora'), got 'lore'"),
+            (
+                "policy={adapter: lora, alpha: -1}",
+                "policy: alpha must be finite and above 0, got -1.0",
+            ),
+            (
+                "policy.adapter=lore",
+                "policy: adapter must be one of None, 'lora'; got 'lore'; did you mean 'lora'?",
+            ),
             ("method=GDC++", "did you mean 'GDCpp'?"),
             ("dtype=bfloat", "did you mean 'bfloat16'?"),
             ("device=gpu", "device must be like 'cpu', 'cuda'"),
@@ -241,7 +262,7 @@ class TestRoundTrip:
         assert set(mapping) == {f.name for f in fields(RunConfig)}
         assert set(mapping["trainer"]) == {f.name for f in fields(TrainerConfig)}
 
-    # Reading builds features, which takes long on a busy machine; that is no failure.
+    # Reading declares features, which takes long on a busy machine; that is no failure.
     @settings(max_examples=60, deadline=None)
     @given(
         base=st.text(min_size=1),
@@ -249,7 +270,7 @@ class TestRoundTrip:
         target=st.floats(0.01, 0.4).map(lambda low: (low, low + 0.5)) | st.floats(0.01, 0.99),
         seed=st.integers(0, 2**40),
         rate=st.floats(1e-30, 1.0),
-        method=st.sampled_from(sorted(SAMPLERS)),
+        method=st.sampled_from(sorted(METHODS)),
     )
     @example(base="1e4", prompt="\x85\r\n\u2028 é", target=0.5, seed=0, rate=1e-5, method="DPG")
     def test_written_and_read_again_it_is_equal(
@@ -299,11 +320,11 @@ def test_a_run_finds_its_files_from_any_folder(tmp_path, monkeypatch):
     classifier = {"classifier": {"head": "head", "label": "b"}}
     moment = {"moment": {"gender": "female"}, "target": 0.5, "given": classifier}
     config = RunConfig(base="model", constraints=[{"pointwise": classifier}, moment])
-    found = from_anywhere(config)
+    found = with_absolute_paths(config)
     assert found.base == str(tmp_path / "model")
     heads = [found.constraints[0]["pointwise"], found.constraints[1]["given"]]
     assert {row["classifier"]["head"] for row in heads} == {str(tmp_path / "head")}
-    assert from_anywhere(RunConfig(base="gpt2", constraints=[FEMALE])).base == "gpt2"
+    assert with_absolute_paths(RunConfig(base="gpt2", constraints=[FEMALE])).base == "gpt2"
 
 
 def modules_of(call):
@@ -332,9 +353,9 @@ def test_a_classifier_on_the_states_of_the_base_loads_no_second_one(tmp_path, mo
     config = RunConfig(
         base=str(tmp_path / "a copy"), constraints=[constraint], fit=FitConfig(n_samples=32)
     )
-    target = fit_target(config, base, show=False)
+    target = fit_target(config, base)
     inside = set(base.model.modules())
-    for constraints in (config.build_constraints(base), target.constraints):
+    for constraints in (build_constraints(config, base), target.constraints):
         seen = modules_of(lambda c=constraints: c[0].feature(["he sang"]))
         assert seen
         assert (set(seen) <= inside) == (name == "a copy")
@@ -349,7 +370,7 @@ def test_the_model_under_a_classifier_computes_in_the_precision_of_the_run(tmp_p
     head.save_pretrained(tmp_path)
     constraint = {"pointwise": {"classifier": {"head": str(tmp_path), "label": "b"}}}
     config = RunConfig.from_mapping(SMALLEST | {"constraints": [constraint], "dtype": dtype})
-    (constraint,) = config.build_constraints()
+    (constraint,) = build_constraints(config)
     seen = modules_of(lambda: constraint.feature(["he sang"]))
     assert constraint.feature(["he sang"]).tolist() == [1]
     assert next(seen[-1].parameters()).dtype == getattr(torch, wanted)
@@ -371,7 +392,7 @@ def test_the_model_under_a_classifier_computes_in_the_precision_of_the_run(tmp_p
                 "method_options": {"divergence": "reverse_kl"},
                 "constraints": [FEMALE, SPORTS],
             },
-            "FDPG with divergence 'reverse_kl' minimises is infinite",
+            "FDPG with divergence 'reverse_kl' minimises a loss that is infinite",
         ),
     ],
 )
@@ -391,10 +412,8 @@ def test_what_is_finite_takes_pointwise_constraints(divergence):
 def test_a_divergence_with_a_number_can_be_written_in_yaml(a):
     options = {"divergence": ["alpha", a]}
     config = RunConfig.from_mapping(SMALLEST | {"method": "FDPG", "method_options": options})
-    base = TabularLM.random("ab.", 2, eos=".", seed=0)
-    target = EBM(base, [Pointwise(features.word("a"))])
-    sampler = SAMPLERS["FDPG"](base.copy(), target, **config.method_options)
-    assert sampler.divergence == ("alpha", 0.5)
+    objective = make_objective(config.method, config.method_options)
+    assert objective.divergence.name == f_divergence(("alpha", 0.5)).name
 
 
 def test_the_model_under_a_classifier_goes_where_the_run_does(tmp_path, monkeypatch):
@@ -412,5 +431,46 @@ def test_the_model_under_a_classifier_goes_where_the_run_does(tmp_path, monkeypa
     constraint = {"pointwise": {"classifier": {"head": str(tmp_path), "label": "b"}}}
     config = RunConfig(base="x", constraints=[constraint], device="cuda:1", dtype="float16")
     with pytest.raises(ValueError, match="not here"):
-        config.build_constraints()[0].feature(["text"])
+        build_constraints(config)[0].feature(["text"])
     assert asked == [("elsewhere", {"device": "cuda:1", "dtype": "float16"})]
+
+
+# Prints the files that are opened, and whether transformers is imported, by reading a configuration
+# after another one has brought all imports.
+OPENED = """
+import sys
+from pathlib import Path
+import dmgen
+from dmgen.experiment.config import RunConfig
+
+first, second = sys.argv[1:]
+RunConfig.load(first)
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+config = RunConfig.load(second)
+opened = [path for path in opened if not path.startswith(str(Path(dmgen.__file__).parent))]
+print(opened == [second], "transformers" in sys.modules, config.method)
+"""
+
+
+def test_reading_opens_no_other_file_and_imports_no_transformers(tmp_path):
+    """Neither the folder of the base nor the head of a classifier need be there."""
+    classifier = {"pointwise": {"classifier": {"head": "/nowhere/head", "label": "b"}}}
+    paths = [tmp_path / name for name in ("first.yaml", "second.yaml")]
+    for path in paths:
+        config = {"base": "/nowhere/base", "constraints": [FEMALE, classifier, SPORTS]}
+        path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, "-c", OPENED, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(dmgen.__file__).parents[1])},
+        check=False,
+    )
+    assert done.stdout.split() == ["True", "False", "GDCpp"], done.stdout + done.stderr
+
+
+def test_first_batches_from_fit_need_the_texts_of_one():
+    few = {"trainer": {"first_batches_from_fit": True, "batch_size": 32}, "fit": {"n_samples": 31}}
+    with pytest.raises(ValueError, match=r"a batch of 32 texts .* fit\.n_samples is 31"):
+        RunConfig.from_mapping(SMALLEST | few)
