@@ -15,13 +15,13 @@ def check_integer(name: str, value: Any, *, least: int | None = None) -> int:
     """Return a whole number as `int`; numpy's integers are whole numbers, bools are not.
 
     Args:
-        name: what the error calls it.
-        value: the value.
-        least: the smallest legal value; None for no bound.
+        name: name of the setting, for the message.
+        value: its value.
+        least: smallest legal value; None for no bound.
 
     Raises:
-        TypeError: it is not a whole number.
-        ValueError: it is below `least`.
+        TypeError: the value is not a whole number.
+        ValueError: the value is below `least`.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
@@ -42,14 +42,16 @@ def check_number(
     """Return a finite number as `float`; numpy's numbers are numbers, bools are not.
 
     Args:
-        name: what the error calls it.
-        value: the value.
-        above, below: open bounds; None for none.
-        least, most: closed bounds; None for none.
+        name: name of the setting, for the message.
+        value: its value.
+        above: largest number that is too small; None for no bound.
+        least: smallest legal number; None for no bound.
+        below: smallest number that is too large; None for no bound.
+        most: largest legal number; None for no bound.
 
     Raises:
-        TypeError: it is not a number.
-        ValueError: it is not finite or out of bounds.
+        TypeError: the value is not a number.
+        ValueError: the value is not finite or out of bounds.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
@@ -68,10 +70,10 @@ def check_number(
 
 
 def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
-    """Refuse a value that is not one of `allowed`, naming the nearest.
+    """Raise unless the value is one of `allowed`; the message suggests the nearest.
 
     Raises:
-        ValueError: it is none of them.
+        ValueError: the value is none of them.
     """
     allowed = tuple(allowed)
     if value not in allowed:
@@ -81,21 +83,28 @@ def check_choice(name: str, value: Any, allowed: Iterable[Any]) -> None:
         )
 
 
-def check_known(key: Any, known: Sequence[str], what: str) -> None:
-    """Refuse a name that is not `known`, naming the nearest.
+def check_known(
+    key: Any, known: Sequence[str], what: str, *, place: str = "", elsewhere: Sequence[str] = ()
+) -> None:
+    """Raise unless the name is `known`; the message suggests the nearest.
 
     Args:
-        key: the name as it was given.
-        known: the names that there are.
-        what: the kind of name, such as "option of FDPG".
+        key: the name to check.
+        known: all legal names.
+        what: kind of name, such as "option of FDPG".
+        place: place of the name, such as "trainer"; "" leaves it out of the message.
+        elsewhere: dotted names at other places, suggested where only the place is wrong.
 
     Raises:
         ValueError: there is no such name.
     """
-    if key not in known:
-        there_are = f"There are {', '.join(known)}" if known else "There are none"
-        hint = did_you_mean(key, known) or "."
-        raise ValueError(f"unknown {what} {key!r}{hint} {there_are}")
+    if key in known:
+        return
+    moved = [name for name in elsewhere if name.split(".")[-1] == key]
+    hint = f"; did you mean {' or '.join(map(repr, moved))}?" if moved else did_you_mean(key, known)
+    place = f" in {place}" if place else ""
+    names = f"There are {', '.join(known)}" if known else "There are none"
+    raise ValueError(f"unknown {what} {key!r}{place}{hint or '.'} {names}")
 
 
 def did_you_mean(value: Any, allowed: Iterable[Any]) -> str:
