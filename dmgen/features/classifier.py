@@ -139,6 +139,7 @@ def lazy_classifier(
         raise ValueError("a classifier needs at least one label, got none")
     check_threshold(threshold)
     batch_size = check_integer("batch_size", batch_size, least=1)
+    label = list(labels) if len(labels) > 1 else labels[0]
     noun = f"classifier {head}, {label_name(label)}" if name is None else name
     options = {"threshold": threshold, "name": name, "batch_size": batch_size}
     return Feature(

@@ -255,7 +255,10 @@ class TestDescription:
     def test_a_function_has_none(self):
         assert (n_words.phrase, n_words.noun, n_words.config) == (None, None, None)
 
-    @pytest.mark.parametrize("phrase", ["has n", ("has n",), ("has n", "have n", "had n"), (1, 2)])
+    @pytest.mark.parametrize(
+        "phrase",
+        ["has n", "hn", ["has n", "have n"], ("has n",), ("has n", "have n", "had n"), (1, 2)],
+    )
     def test_a_phrase_is_of_one_text_and_of_several(self, phrase):
         with pytest.raises(TypeError, match="one text and of several"):
             Feature(len, "n", phrase=phrase)

@@ -240,6 +240,9 @@ def test_a_target_of_a_classifier_is_read_without_its_head(world, tmp_path):
         again.values(world.enumerate())
     config["classifier"]["head"] = str(tmp_path / "moved")
     moved = Moment(features.from_config(config, embed=lambda base: count_b), 0.3)
+    made = features.classifier(tmp_path / "moved", count_b, "b", name="more b")
+    in_python = EBM(world, [Pointwise(made)])
+    assert TargetFit.from_dict(in_python.fitted.to_dict()) == in_python.fitted
     found = EBM.load(tmp_path / "target", world, [moved])
     assert torch.equal(found.log_score(world.enumerate()), target.log_score(world.enumerate()))
 
