@@ -331,7 +331,7 @@ class EBM:
         return reward_function(log_factors, beta=beta, floor=floor)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what defines the target beside its base: names, targets, λ as text, prompt."""
+        """Return the target without its base: names, targets, λ as text, prompt, length."""
         pairs = factor.with_lambdas(self.constraints, self.lambdas)
         return {
             "constraints": [constraint_rows.row(c, weight) for c, weight in pairs],

@@ -30,7 +30,7 @@ _MOST_NAMED = 6
 
 
 class MomentsUnreachable(ValueError):  # noqa: N818 - named like KeyError
-    """The error that no lambda gives the targets on these samples; it says why and what to do.
+    """No lambda gives the targets on these samples; the message has the reason and the remedy.
 
     Attributes:
         fit: the best attempt, or None if the fit was not begun.
