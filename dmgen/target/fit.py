@@ -1,4 +1,4 @@
-"""`TargetFit`: constraints with their λ and the errors of it, the fit of λ, and its form on disk."""
+"""`TargetFit`: constraints with their λ and its errors, the fit of λ, and its form on disk."""
 
 from __future__ import annotations
 
