@@ -1,4 +1,4 @@
-"""Declarations of what a generator's texts must be like: features, and constraints on them."""
+"""Features of texts, and constraints on a generator made of them."""
 
 from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.constraints.feature import Feature, FeatureError, feature

@@ -1,4 +1,4 @@
-"""`TargetFit`: the λ of constraints with what is known about them, its fit and its form on disk."""
+"""`TargetFit`: constraints with their λ and its errors, the fit of λ, and its form on disk."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _KEYS = ("constraints", "prompt", "max_new_tokens", "log_z", "base_moments")
 
 @dataclass(frozen=True, eq=False)
 class TargetFit:
-    """A target distribution beside its base: constraints, their λ, and how λ was found.
+    """A target distribution without its base: constraints, their λ, and the fit of λ.
 
     Two fits are equal when `to_dict` is: by the names, targets and YAML forms of the constraints
     and by all numbers, NaN counting as equal to NaN. `print` shows the table of `EBM`.
@@ -208,7 +208,7 @@ class TargetFit:
             ]
         lines = ["", str(fit)]
         if len(soft) < len(self.constraints):
-            lines.append("base moments and hits are those of texts that satisfy what is hard")
+            lines.append("base moments and hits are those of texts within the hard constraints")
         return lines + [
             f"{m.name!r} is the mean of {m.given.name} · ({m.feature.name} − {m.target:g})"
             for m in soft
