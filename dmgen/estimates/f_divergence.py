@@ -31,14 +31,14 @@ class FDivergence:
     _pseudo_reward: Callable[[Tensor], Tensor]
 
     def f(self, t: Tensor) -> Tensor:
-        """Return f(t), float64, shape of t, for 0 <= t < ∞; may be `inf` at 0."""
+        """Return the values of f, float64, shape of t, for 0 <= t < ∞; may be `inf` at 0."""
         t = _float64(t, "t")
         if (t < 0).any() or torch.isinf(t).any():
             raise ValueError("t = π/p must be finite and >= 0")
         return self._f(t)
 
     def f_prime(self, t: Tensor) -> Tensor:
-        """Return f'(t), float64, shape of t, for 0 <= t <= ∞."""
+        """Return the values of f', float64, shape of t, for 0 <= t <= ∞."""
         t = _float64(t, "t")
         if (t < 0).any():
             raise ValueError("t = π/p must be >= 0")
