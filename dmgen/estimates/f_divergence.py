@@ -16,12 +16,15 @@ class FDivergence:
     """An f-divergence `D(π‖p) = E_p[f(t)]`, `t = π/p`, with `f` convex and `f(1) = 0`.
 
     Its gradient is `E_q[(π/q) (f'(t) - c) ∇ log π]` for any constant c; `c = f_prime_at_one` makes
-    it vanish for every sample at π = p. Get one from `f_divergence`.
+    it vanish for every sample at π = p. `f_divergence` returns the named ones; others are made from
+    f and -f', in this order: `FDivergence("mine", 1.0, math.inf, f, pseudo_reward)`.
 
     Attributes:
-        name: as given to `f_divergence`.
+        name: in messages.
         f_prime_at_one: f'(1), the baseline.
         f_prime_at_infinity: f'(∞), the limit at P = 0; `f(t) - f'(∞)(t - 1)` is the bounded form.
+        _f: f of a float64 tensor t.
+        _pseudo_reward: -f' of a float64 tensor log t.
     """
 
     name: str
@@ -54,7 +57,7 @@ class FDivergence:
             log_t: any shape, nats, ±inf legal.
 
         Raises:
-            ValueError: NaN, which is what `-inf - (-inf)` gives: drop texts with π = P = 0.
+            ValueError: NaN, the result of `-inf - (-inf)`: drop texts with π = P = 0.
         """
         return self._pseudo_reward(_float64(log_t, "log_t"))
 
