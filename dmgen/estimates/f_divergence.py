@@ -16,12 +16,15 @@ class FDivergence:
     """An f-divergence `D(π‖p) = E_p[f(t)]`, `t = π/p`, with `f` convex and `f(1) = 0`.
 
     Its gradient is `E_q[(π/q) (f'(t) - c) ∇ log π]` for any constant c; `c = f_prime_at_one` makes
-    it vanish for every sample at π = p. Get one from `f_divergence`.
+    it vanish for every sample at π = p. `f_divergence` returns the named ones; others are made from
+    f and -f', in this order: `FDivergence("mine", 1.0, math.inf, f, pseudo_reward)`.
 
     Attributes:
-        name: as given to `f_divergence`.
+        name: in messages.
         f_prime_at_one: f'(1), the baseline.
         f_prime_at_infinity: f'(∞), the limit at P = 0; `f(t) - f'(∞)(t - 1)` is the bounded form.
+        _f: f of a float64 tensor t.
+        _pseudo_reward: -f' of a float64 tensor log t.
     """
 
     name: str
@@ -31,14 +34,14 @@ class FDivergence:
     _pseudo_reward: Callable[[Tensor], Tensor]
 
     def f(self, t: Tensor) -> Tensor:
-        """Return f(t), float64, shape of t, for 0 <= t < ∞; may be `inf` at 0."""
+        """Return the values of f, float64, shape of t, for 0 <= t < ∞; may be `inf` at 0."""
         t = _float64(t, "t")
         if (t < 0).any() or torch.isinf(t).any():
             raise ValueError("t = π/p must be finite and >= 0")
         return self._f(t)
 
     def f_prime(self, t: Tensor) -> Tensor:
-        """Return f'(t), float64, shape of t, for 0 <= t <= ∞."""
+        """Return the values of f', float64, shape of t, for 0 <= t <= ∞."""
         t = _float64(t, "t")
         if (t < 0).any():
             raise ValueError("t = π/p must be >= 0")
@@ -54,7 +57,7 @@ class FDivergence:
             log_t: any shape, nats, ±inf legal.
 
         Raises:
-            ValueError: NaN, which is what `-inf - (-inf)` gives: drop texts with π = P = 0.
+            ValueError: NaN, the result of `-inf - (-inf)`: drop texts with π = P = 0.
         """
         return self._pseudo_reward(_float64(log_t, "log_t"))
 

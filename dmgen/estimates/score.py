@@ -13,7 +13,7 @@ __all__ = ["Score", "finite"]
 class Score:
     """A measured number with its standard error; `float(score)` gives the number.
 
-    Args:
+    Attributes:
         value: the estimate, in the unit of the quantity.
         stderr: its standard error, same unit, >= 0; 0 for an exact number, NaN if it is not known.
         n: number of samples behind it, >= 0; 0 for an exact number.
@@ -47,14 +47,14 @@ class Score:
         return f"{self.value:.{decimals}f} ± {self.stderr:.{decimals}f}"
 
     def interval(self, level: float = 0.99) -> tuple[float, float]:
-        """Return the normal interval `value ± z·stderr` that covers the truth with chance `level`.
+        """Return the normal interval `value ± z·stderr`.
 
         Args:
-            level: coverage, in (0, 1).
+            level: probability to cover the true value, in (0, 1).
 
         Returns:
-            (low, high), in the unit of the value. It is asymptotic: not to be believed for small
-            `n` or heavy tails, and not cut at the limits of the quantity (a rate may show < 0).
+            (low, high), in the unit of the value. It is asymptotic: not reliable for small `n` or
+            heavy tails, and not cut at the limits of the quantity (a rate may be below 0).
 
         Raises:
             ValueError: if `level` is not strictly between 0 and 1.
@@ -66,7 +66,7 @@ class Score:
 
 
 def finite(x: float) -> float | None:
-    """The number, or None for NaN and infinities, which JSON does not have."""
+    """Return the number, or None for NaN and infinities, which JSON does not have."""
     return x if math.isfinite(x) else None
 
 

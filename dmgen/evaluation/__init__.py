@@ -1,4 +1,4 @@
-"""What a set of texts or a trained policy is like, in numbers that carry their errors."""
+"""Evaluation of texts and of trained policies, in numbers that carry their errors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""How much a set of texts repeats itself: between texts (Self-BLEU) and within one (Distinct-n).
+"""Repetition in a set of texts: between texts (Self-BLEU) and within a text (Distinct-n).
 
 Texts are cut into tokens by `tokenize`, by default at white space (words with their punctuation);
-`tokenize=list` gives characters, as in the figures that the GDC papers publish for Self-BLEU.
+`tokenize=list` gives characters, as in the Self-BLEU results of the GDC papers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["distinct_n", "entropy", "most_repeated", "self_bleu"]
 Tokenize = Callable[[str], Sequence[str]]
 Integers = NDArray[np.int64]
 
-# Deleting more, smaller blocks costs time in proportion; 20 leave the error itself uncertain by
+# The cost is proportional to the number of blocks; with 20 the error itself is uncertain by
 # 1 / sqrt(2 * 19) = 16 %.
 _N_BLOCKS = 20
 
@@ -47,23 +47,25 @@ def self_bleu(
         texts: N >= 2 texts.
         n: highest order, >= 1.
         tokenize: text to tokens.
-        max_texts: if there are more, draw this many without replacement (>= 2); None takes all.
+        max_texts: of more texts, draw this many without replacement (>= 2); None takes all.
         seed: of that draw; unused otherwise.
 
     Returns:
         Score with the number of texts used. Its stderr is a delete-block jackknife over up to 20
-        consecutive blocks, each value recomputed exactly without the block's texts. It takes
-        texts of different blocks as independent, is itself uncertain by about 16 %, and errs on
-        the safe side (Efron and Stein, 1981): 1.0 to 1.4 times the true spread in simulations.
-        It is NaN for two texts. (A bootstrap would make a text drawn twice its own reference.)
+        consecutive blocks, each value recomputed exactly without the block's texts. It assumes
+        that texts of different blocks are independent, is itself uncertain by about 16 %, and is
+        conservative (Efron and Stein, 1981): 1.0 to 1.4 times the true spread in simulations.
+        It is NaN for two texts. (In a bootstrap, a text drawn twice would be its own reference.)
 
     Raises:
         TypeError: if texts is a single string.
         ValueError: if there are fewer than two texts, or n or max_texts is too small.
 
     Source: Zhu et al. (2018), Texygen, arXiv:1802.01886; BLEU of Papineni et al. (2002) as in
-    sacrebleu. Differs from both: exact in about linear time. Take away one text, and the highest
-    count of an n-gram elsewhere is the highest of all, or the second if it held the highest.
+    sacrebleu.
+
+    Differs from the paper: exact in about linear time. The highest count of an n-gram in the other
+    texts is the highest of all, or the second highest if the text itself has the highest.
     """
     texts = _list_of_texts(texts, at_least=2)
     _check_order(n)
@@ -86,10 +88,10 @@ def self_bleu(
 def distinct_n(
     texts: Sequence[str], n: int, tokenize: Tokenize = str.split, *, denominator: str = "ngrams"
 ) -> Score:
-    """Return Distinct-n: distinct n-grams over n-grams of a text, mean over the texts, 0 to 1.
+    """Return Distinct-n: the fraction of distinct n-grams of a text, mean over the texts, 0 to 1.
 
     1 means that no text repeats an n-gram. A text with fewer than n tokens has no n-gram and
-    counts as 0, as it does in the GDC papers.
+    counts as 0, as in the GDC papers.
 
     Args:
         texts: at least one text.
@@ -122,7 +124,7 @@ def distinct_n(
 
 
 def entropy(texts: Sequence[str], n: int = 1, tokenize: Tokenize = str.split) -> Score:
-    """Return the entropy of the n-grams of all texts taken together, -sum f log f, in nats.
+    """Return the entropy of the n-grams of all texts together, -sum f log f, in nats.
 
     Args:
         texts: at least one text; those with fewer than n tokens add no n-gram.
@@ -133,7 +135,7 @@ def entropy(texts: Sequence[str], n: int = 1, tokenize: Tokenize = str.split) ->
         Score, 0 if there is no n-gram at all. The plug-in estimate is below the entropy of the
         generator by about (number of distinct n-grams - 1) / (2 x number of n-grams), which can
         be far more than the stderr (delete-block jackknife, as in `self_bleu`): compare only
-        equal numbers of texts of like length. NaN stderr for a single text.
+        equal numbers of texts of similar length. The stderr of a single text is NaN.
 
     Raises:
         TypeError: if texts is a single string.
@@ -151,7 +153,7 @@ def entropy(texts: Sequence[str], n: int = 1, tokenize: Tokenize = str.split) ->
 def most_repeated(
     texts: Sequence[str], n: int = 3, tokenize: Tokenize = str.split
 ) -> tuple[tuple[str, ...], Score]:
-    """Return the n-gram found in most texts, and the share of texts that contain it, 0 to 1.
+    """Return the n-gram that occurs in most texts, and the fraction of texts that contain it.
 
     Args:
         texts: at least one text.
@@ -159,9 +161,9 @@ def most_repeated(
         tokenize: text to tokens.
 
     Returns:
-        (n-gram, Score): of equals the one that comes first; the empty tuple and 0 if no text has
-        n tokens. The stderr is binomial and ignores that the n-gram was chosen on these texts:
-        the share in new texts tends to be lower.
+        (n-gram, Score): the first of equally frequent ones, and a fraction from 0 to 1; the empty
+        tuple and 0 if no text has n tokens. The stderr is binomial and ignores that the n-gram was
+        chosen on these texts: the fraction in new texts tends to be lower.
 
     Raises:
         TypeError: if texts is a single string.
@@ -172,25 +174,25 @@ def most_repeated(
     n_texts: dict[tuple[str, ...], int] = {}
     for text in texts:
         tokens = list(tokenize(text))
-        # A dict keeps the order in which n-grams come, a set would not.
+        # A dict keeps the order of the n-grams, a set would not.
         for ngram in dict.fromkeys(zip(*(tokens[k:] for k in range(n)), strict=False)):
             n_texts[ngram] = n_texts.get(ngram, 0) + 1
     best = max(n_texts, key=n_texts.__getitem__, default=())
-    share = n_texts.get(best, 0) / len(texts)
-    stderr = math.sqrt(share * (1 - share) / len(texts))
+    fraction = n_texts.get(best, 0) / len(texts)
+    stderr = math.sqrt(fraction * (1 - fraction) / len(texts))
     signature = f"most-repeated-{n}|tok:{_name_of(tokenize)}|texts:{len(texts)}"
-    return best, Score(share, stderr, len(texts), signature)
+    return best, Score(fraction, stderr, len(texts), signature)
 
 
 @dataclass(frozen=True)
 class _Counts:
-    """How often each n-gram occurs in each text: one entry a pair that occurs, by n-gram.
+    """Counts of each n-gram in each text: one entry for each pair that occurs, by n-gram.
 
-    A text that is left out keeps its entries with count 0, so that the order stands.
+    A text that is left out keeps its entries with count 0, so that the order does not change.
     """
 
-    lengths: Integers  # (N,) tokens a text
-    present: NDArray[np.bool_]  # (N,) false for a text left out
+    lengths: Integers  # (N,) tokens of each text
+    present: NDArray[np.bool_]  # (N,) false for a text that is left out
     text: Integers  # (E,) text of an entry
     order: Integers  # (E,) length of its n-gram
     count: Integers  # (E,)
@@ -207,7 +209,7 @@ class _Counts:
         )  # (M,)
         text = np.repeat(np.arange(len(texts)), lengths)  # (M,)
         end = np.repeat(np.cumsum(lengths), lengths)  # (M,)
-        start = np.arange(len(token))  # (M,) where an n-gram of the present order begins
+        start = np.arange(len(token))  # (M,) first token of each n-gram of the current order
         ngram = np.zeros_like(token)  # (M,) its number among those of its order
         parts: list[list[Integers]] = []
         for order in range(1, n + 1):
@@ -220,12 +222,12 @@ class _Counts:
                 entry, count = np.unique(key, return_counts=True)
                 new = np.diff(entry // len(texts), prepend=-1) != 0
                 parts.append([entry % len(texts), np.full_like(entry, order), count, new])
-        owner, orders, counts, first = (np.concatenate(part) for part in zip(*parts, strict=True))
+        rows, orders, counts, first = (np.concatenate(part) for part in zip(*parts, strict=True))
         present = np.ones(len(texts), dtype=np.bool_)
-        return cls(lengths, present, owner, orders, counts, np.flatnonzero(first))
+        return cls(lengths, present, rows, orders, counts, np.flatnonzero(first))
 
     def without(self, block: Integers) -> _Counts:
-        """Return the counts as if the texts of block were not there."""
+        """Return the counts of all texts but those of `block`."""
         present = self.present.copy()
         present[block] = False
         count = np.where(present[self.text], self.count, 0)
@@ -236,13 +238,15 @@ class _Counts:
             return 0.0
         total = np.add.reduceat(self.count, self.starts)
         total = total[total > 0]
-        share = total / total.sum()
-        return float(-(share * np.log(share)).sum()) + 0.0  # + 0.0: no -0.0 for a single n-gram
+        frequency = total / total.sum()
+        # + 0.0: no -0.0 for a single n-gram
+        return float(-(frequency * np.log(frequency)).sum()) + 0.0
 
     def matches(self, n: int) -> Integers:
-        """Return `(N, n)`: n-grams of each text found in another, each clipped at its count there.
+        """Return the n-grams of each text that match another text, by order, `(N, n)`.
 
-        The highest count elsewhere is the highest of all, unless the text is alone in having it.
+        Each is clipped at its highest count in one other text: the highest of all, unless this text
+        is the only one that has it.
         """
         if not len(self.count):
             return np.zeros((len(self.lengths), n), dtype=np.int64)
@@ -259,12 +263,11 @@ class _Counts:
         return summed.astype(np.int64).reshape(-1, n)
 
     def closest_lengths(self) -> Integers:
-        """Return `(N,)`: for each text the length nearest to its own among the other texts."""
+        """Return the length among the other texts that is nearest to that of each text, `(N,)`."""
         lengths, inverse, n_texts = np.unique(
             self.lengths[self.present], return_inverse=True, return_counts=True
         )
-        own = lengths[:, None]
-        distance = np.abs(own - lengths[None, :])  # (L, L)
+        distance = np.abs(lengths[:, None] - lengths[None, :])  # (L, L)
         distance[np.diag_indices(len(lengths))] = np.where(n_texts > 1, 0, np.iinfo(np.int64).max)
         # Lengths ascend and argmin takes the first: the shorter one on a tie, as in sacrebleu.
         nearest = lengths[distance.argmin(axis=1)]
@@ -274,7 +277,7 @@ class _Counts:
 
 
 class _Bleu:
-    """Sentence BLEU of each text that is present; remembers the statistics it has met."""
+    """Sentence BLEU of each text that is present; results are kept by statistics."""
 
     def __init__(self, n: int) -> None:
         self.n = n
@@ -303,12 +306,12 @@ class _Bleu:
 
 
 def _blocks(n_texts: int) -> list[Integers]:
-    """Return 0 ... N-1 in consecutive blocks of equal size, give or take one."""
+    """Return 0 ... N-1 in consecutive blocks whose sizes differ by at most one."""
     return np.array_split(np.arange(n_texts), min(_N_BLOCKS, n_texts))
 
 
 def _jackknife(values: Sequence[float]) -> float:
-    """Return the standard error from the values found without each block; NaN if there is none."""
+    """Return the standard error from the values without each block; NaN without values."""
     if not values:
         return math.nan
     return math.sqrt((len(values) - 1) * float(np.var(values)))

@@ -1,4 +1,4 @@
-"""`evaluate`: what a policy reached, at what price, and with which certainty."""
+"""`evaluate`: moments, distances and diversity of a policy, with their errors."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from dmgen.evaluation.verdicts import TOLERANCE, interval, n_to_decide, verdict
 from dmgen.models.protocols import LanguageModel
 from dmgen.target.ebm import EBM
 from dmgen.target.factor import Constraint
+from dmgen.validation import check_integer, check_number
 
 # Self-BLEU grows with the number of texts; beyond this, a fixed number keeps figures comparable.
 _MOST_FOR_SELF_BLEU = 2048
@@ -28,32 +29,31 @@ def evaluate(
     seed: int | None = None,
     tolerance: float = TOLERANCE,
 ) -> Evaluation:
-    """Moments, divergences and diversity of `policy` against `target`, on fresh samples.
+    """Return moments, divergences and diversity of `policy` against `target`, on fresh samples.
 
     Draws `n_samples` texts from the base and as many from the policy. Moments and KL(π‖a) come
-    from the policy's own texts; what concerns the target comes from both, pooled with the balance
+    from the policy's texts alone. Estimates of the target come from both, pooled with the balance
     heuristic: the base alone misses rare targets, the policy alone has heavy tails.
 
-    Two bounds that hold for any two models are checked on the way, because a violation means that
-    texts, features and log-probabilities do not belong together (such as texts drawn with top-p
-    and scored without): `KL(π‖a) >= KL(Bern(E_π φ)‖Bern(E_a φ))` for every binary feature φ, and
+    Two bounds that hold for any two models are checked, because a violation means that texts,
+    features and log-probabilities do not belong together (such as texts drawn with top-p and scored
+    without): `KL(π‖a) >= KL(Bern(E_π φ)‖Bern(E_a φ))` for every binary feature φ, and
     `KL(p‖π) >= −log E_π[P > 0]`.
 
     Args:
-        policy: the model to judge.
-        target: what it should be like.
-        n_samples: texts of each of the two models, at least 2.
+        policy: the model to evaluate.
+        target: the distribution that it approximates.
+        n_samples: number of texts of each of the two models, at least 2.
         seed: of the draws; None for fresh ones.
-        tolerance: a moment may be off by so much, see `verdicts.verdict`.
+        tolerance: the largest accepted deviation of a moment, >= 0, see `verdicts.verdict`.
 
     Raises:
-        ValueError: `n_samples` is under 2, or the tolerance negative.
+        TypeError: `n_samples` is no whole number, or the tolerance no number.
+        ValueError: `n_samples` is below 2, or the tolerance negative.
         ArithmeticError: one of the bounds is violated by more than 5 joint standard errors.
     """
-    if n_samples < 2:
-        raise ValueError(f"n_samples must be at least 2, got {n_samples}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance must be at least 0, got {tolerance}")
+    check_integer("n_samples", n_samples, least=2)
+    check_number("tolerance", tolerance, least=0)
     pool = Pool.draw(policy, target, n_samples, seed)
     pool.check_bounds()
     texts = {name: samples.texts for name, samples in pool.drawn.items()}
@@ -91,7 +91,7 @@ def _row_of(constraint: Constraint, pool: Pool, tolerance: float) -> MomentRow:
     binary = bool(((column == 0) | (column == 1)).all())
     needed = n_to_decide(policy, goal, tolerance, binary=binary)
     if needed is not None:
-        # Only texts that meet the condition count, and it takes more draws to have so many.
+        # Only texts that meet the condition count: scale to the number of all texts drawn.
         needed = math.ceil(needed * len(pool.drawn["policy"]) / policy.n)
     return MomentRow(
         constraint.name,

@@ -34,12 +34,14 @@ _FEWEST_CHECKED = 100
 
 @dataclass(frozen=True, eq=False)
 class Pool:
-    """n texts of the base, then n of the policy; all tensors float64 `(2n,)`, nats.
+    """The texts of the base, then those of the policy; all tensors float64 `(2n,)`, nats.
 
     Attributes:
-        drawn: the texts of "base" and "policy".
+        drawn: the n texts of each of "base" and "policy".
         values: feature values by name.
-        log_base, log_policy, log_score: log a, log π and log P of every text.
+        log_base: log a of every text.
+        log_policy: log π of every text.
+        log_score: log P of every text, unnormalised.
         log_mixture: log of (a + π)/2, the density of the pool.
         strata: 0 for the base's texts, 1 for the policy's.
     """
