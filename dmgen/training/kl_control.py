@@ -42,6 +42,7 @@ class PPO(Objective):
     value_coefficient: float = 0.1
 
     name = "kl-control"
+    needs = frozenset({"batch"})
 
     def __post_init__(self) -> None:
         check_number("kl_coefficient", self.kl_coefficient, above=0)
@@ -52,11 +53,6 @@ class PPO(Objective):
         check_number("gae_lambda", self.gae_lambda, least=0, most=1)
         check_number("clip", self.clip, above=0, most=1)
         check_number("value_coefficient", self.value_coefficient, least=0)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """See `Objective`."""
-        return frozenset({"batch"})
 
     def check(self, config: TrainerConfig) -> None:
         """Refuse what belongs to methods that weigh the texts of another distribution."""
