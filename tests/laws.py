@@ -51,3 +51,9 @@ def random_log_probs(seed: int, n_states: int, scale: float = 1.0) -> torch.Tens
     """Log-probabilities of `n_states` states, the further from uniform the larger the scale."""
     g = torch.Generator().manual_seed(seed)
     return torch.log_softmax(scale * torch.randn(n_states, generator=g, dtype=torch.float64), 0)
+
+
+def draw(log_q: torch.Tensor, n: int, seed: int) -> torch.Tensor:
+    """Positions of n states drawn from their exact distribution, `(n,)`."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.multinomial(log_q.exp(), n, replacement=True, generator=g)

@@ -1,4 +1,4 @@
-"""The tail index of importance weights, which says whether their errors are reliable."""
+"""The tail index of importance weights, a diagnostic of their errors."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from sacrebleu.metrics.bleu import BLEU
 
 from dmgen.estimates.score import Score
+from dmgen.validation import check_choice, check_integer
 
 __all__ = ["distinct_n", "entropy", "most_repeated", "self_bleu"]
 
@@ -58,7 +59,7 @@ def self_bleu(
         It is NaN for two texts. (In a bootstrap, a text drawn twice would be its own reference.)
 
     Raises:
-        TypeError: if texts is a single string.
+        TypeError: if texts is a single string, or n no whole number.
         ValueError: if there are fewer than two texts, or n or max_texts is too small.
 
     Source: Zhu et al. (2018), Texygen, arXiv:1802.01886; BLEU of Papineni et al. (2002) as in
@@ -68,10 +69,10 @@ def self_bleu(
     texts is the highest of all, or the second highest if the text itself has the highest.
     """
     texts = _list_of_texts(texts, at_least=2)
-    _check_order(n)
+    check_integer("order n", n, least=1)
+    if max_texts is not None:
+        check_integer("max_texts", max_texts, least=2)
     drawn = max_texts is not None and max_texts < len(texts)
-    if max_texts is not None and max_texts < 2:
-        raise ValueError(f"max_texts must be at least 2 (or None for all), got {max_texts}")
     if drawn:
         kept = np.random.default_rng(seed).permutation(len(texts))[:max_texts]
         texts = [texts[i] for i in np.sort(kept)]
@@ -103,15 +104,14 @@ def distinct_n(
         Score; the stderr is that of a mean over independent texts, NaN for a single one.
 
     Raises:
-        TypeError: if texts is a single string.
+        TypeError: if texts is a single string, or n no whole number.
         ValueError: if there is no text, n < 1, or the denominator is unknown.
 
     Source: Li et al. (2016), arXiv:1510.03055, per text as in Khalifa et al. (2021).
     """
     texts = _list_of_texts(texts, at_least=1)
-    _check_order(n)
-    if denominator not in ("ngrams", "tokens"):
-        raise ValueError(f"denominator must be 'ngrams' or 'tokens', got {denominator!r}")
+    check_integer("order n", n, least=1)
+    check_choice("denominator", denominator, ("ngrams", "tokens"))
     ratios = np.zeros(len(texts))  # (N,)
     for i, text in enumerate(texts):
         tokens = list(tokenize(text))
@@ -138,11 +138,11 @@ def entropy(texts: Sequence[str], n: int = 1, tokenize: Tokenize = str.split) ->
         equal numbers of texts of similar length. The stderr of a single text is NaN.
 
     Raises:
-        TypeError: if texts is a single string.
+        TypeError: if texts is a single string, or n no whole number.
         ValueError: if there is no text or n < 1.
     """
     texts = _list_of_texts(texts, at_least=1)
-    _check_order(n)
+    check_integer("order n", n, least=1)
     counts = _Counts.of(texts, n, tokenize, lowest_order=n)
     blocks = _blocks(len(texts)) if len(texts) > 1 else []
     stderr = _jackknife([counts.without(block).entropy() for block in blocks])
@@ -166,11 +166,11 @@ def most_repeated(
         chosen on these texts: the fraction in new texts tends to be lower.
 
     Raises:
-        TypeError: if texts is a single string.
+        TypeError: if texts is a single string, or n no whole number.
         ValueError: if there is no text or n < 1.
     """
     texts = _list_of_texts(texts, at_least=1)
-    _check_order(n)
+    check_integer("order n", n, least=1)
     n_texts: dict[tuple[str, ...], int] = {}
     for text in texts:
         tokens = list(tokenize(text))
@@ -324,11 +324,6 @@ def _list_of_texts(texts: Sequence[str], at_least: int) -> list[str]:
     if len(texts) < at_least:
         raise ValueError(f"needs at least {at_least} text{'s'[at_least == 1 :]}, got {len(texts)}")
     return texts
-
-
-def _check_order(n: int) -> None:
-    if n < 1:
-        raise ValueError(f"the order n must be at least 1, got {n}")
 
 
 def _name_of(tokenize: Tokenize) -> str:

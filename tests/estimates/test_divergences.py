@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws import is_calibrated, random_log_probs
+from laws import draw, is_calibrated, random_log_probs
 
 from dmgen.estimates import weights as log_weights
 from dmgen.estimates.divergences import js, kl, log_z_bounds, reverse_kl, tv
@@ -129,11 +129,6 @@ def test_arguments_are_checked():
 
 
 # ---------------------------------------------------------------- the law of the estimators
-
-
-def draw(log_q, n, seed):
-    g = torch.Generator().manual_seed(seed)
-    return torch.multinomial(log_q.exp(), n, replacement=True, generator=g)
 
 
 LOG_P = random_log_probs(3, 15)

@@ -196,7 +196,7 @@ class TestDistinct:
         assert score.n == 2
 
     def test_unknown_denominator(self):
-        with pytest.raises(ValueError, match="'ngrams' or 'tokens'"):
+        with pytest.raises(ValueError, match="one of 'ngrams', 'tokens'; got 'words'"):
             distinct_n(["a"], 1, denominator="words")
 
     @given(st.lists(st.text("ab ", max_size=9), min_size=1, max_size=5), st.integers(1, 3))
