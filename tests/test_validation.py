@@ -30,7 +30,7 @@ class TestInteger:
     def test_the_bound_is_legal_and_one_less_is_not(self):
         assert check_integer("n", -(10**30)) == -(10**30)
         assert check_integer("n", 0, least=0) == 0
-        with pytest.raises(ValueError, match="^n must be at least 0, got -1$"):
+        with pytest.raises(ValueError, match=r"^n must be at least 0, got -1$"):
             check_integer("n", -1, least=0)
 
 
@@ -77,7 +77,7 @@ class TestChoice:
             check_choice("method", "GDC++", ("GDC", "GDCpp"))
 
     def test_nothing_is_near(self):
-        with pytest.raises(ValueError, match="got 5$"):
+        with pytest.raises(ValueError, match=r"got 5$"):
             check_choice("method", 5, ("GDC",))
 
 

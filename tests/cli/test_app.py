@@ -257,7 +257,7 @@ class TestEvaluateAndSample:
     def test_a_target_that_is_no_target(self, finished, tmp_path):
         out = tmp_path / "run"
         shutil.copytree(finished[0], out)
-        for text, message in (("", "target.json is damaged"), ("{}", "has no 'constraints'")):
+        for text, message in (("", "target.json is damaged"), ("{}", "'constraints' is missing")):
             (out / "target.json").write_text(text)
             refused(dmgen_command("evaluate", out), message)
 
@@ -319,7 +319,7 @@ class TestEvaluateAndSample:
         (out / "policy").symlink_to(finished[0] / "policy")
         text = (out / "config.yaml").read_text()
         (out / "config.yaml").write_text(text.replace("target: 0.5", "target: 0.6"))
-        refused(dmgen_command("evaluate", out), "holds another target than")
+        refused(dmgen_command("evaluate", out), "target.json: it holds another target")
 
 
 class TestRefusals:
