@@ -67,7 +67,9 @@ class Feature:
                 raise TypeError(f"{flag} must be True or False, got {getattr(self, flag)!r}")
         if self.binary is not None and not isinstance(self.binary, bool):
             raise TypeError(f"binary must be True, False or None, got {self.binary!r}")
-        if self.phrase is not None and [type(part) for part in self.phrase] != [str, str]:
+        if self.phrase is not None and (
+            not isinstance(self.phrase, tuple) or list(map(type, self.phrase)) != [str, str]
+        ):
             raise TypeError(
                 "phrase must be the predicate of one text and of several, such as "
                 f'("mentions sports", "mention sports"), got {self.phrase!r}'

@@ -103,14 +103,16 @@ def classifier(
     batch_size = check_integer("batch_size", batch_size, least=1)
     loaded = head if isinstance(head, ClassifierHead) else ClassifierHead.from_pretrained(head)
     decision = wanted(label, loaded.labels, threshold)
+    config = None
+    if not isinstance(head, ClassifierHead):
+        options = {"threshold": threshold, "name": name, "batch_size": batch_size}
+        config = _yaml_form(str(head), label, **options)
     return Feature(
         _Classifier(loaded, embed, decision, batch_size),
         label_name(label) if name is None else name,
         batched=True,
         binary=decision.binary,
-        config=None
-        if isinstance(head, ClassifierHead)
-        else _yaml_form(str(head), label, threshold, name, batch_size),
+        config=config,
     )
 
 
@@ -125,19 +127,8 @@ def lazy_classifier(
 ) -> Feature:
     """Return `classifier` for a folder that is read when the feature is first called.
 
-    Args:
-        head: the folder.
-        label: as in `classifier`.
-        threshold: as in `classifier`.
-        name: as in `classifier`.
-        batch_size: as in `classifier`.
-        load: name of a base, as in the head, to the function that embeds texts with it; None for a
-            feature that is only declared.
-
-    Raises:
-        TypeError: head is not text, label is not text or a list of texts, or threshold is of no
-            known kind.
-        ValueError: threshold or batch_size is out of range, or label is an empty list.
+    `load` then gets the name of the head's base and returns the function that embeds texts with it;
+    None is for a feature that is only declared. Errors as in `classifier`, without the head's.
     """
     labels = [label] if isinstance(label, str) else label
     if not isinstance(labels, list | tuple) or not all(isinstance(one, str) for one in labels):
@@ -148,7 +139,9 @@ def lazy_classifier(
         raise ValueError("a classifier needs at least one label, got none")
     check_threshold(threshold)
     batch_size = check_integer("batch_size", batch_size, least=1)
+    label = list(labels) if len(labels) > 1 else labels[0]
     noun = f"classifier {head}, {label_name(label)}" if name is None else name
+    options = {"threshold": threshold, "name": name, "batch_size": batch_size}
     return Feature(
         _Lazy(head, label, threshold, batch_size, load),
         label_name(label) if name is None else name,
@@ -156,23 +149,12 @@ def lazy_classifier(
         binary=threshold is not None,
         phrase=(f"has {noun}", f"have {noun}"),
         noun=noun,
-        config=_yaml_form(head, label, threshold, name, batch_size),
+        config=_yaml_form(head, label, **options),
     )
 
 
-def _yaml_form(
-    head: str,
-    label: object,
-    threshold: Threshold,
-    name: str | None,
-    batch_size: int,
-) -> dict[str, object]:
+def _yaml_form(head: str, label: object, **options: object) -> dict[str, object]:
     labels = several(label)
-    options: dict[str, object] = {"head": head, "label": labels if len(labels) > 1 else labels[0]}
-    if threshold != "argmax":
-        options["threshold"] = threshold
-    if name is not None:
-        options["name"] = name
-    if batch_size != 64:
-        options["batch_size"] = batch_size
-    return {"classifier": options}
+    defaults = {"threshold": "argmax", "name": None, "batch_size": 64}
+    chosen = {key: value for key, value in options.items() if value != defaults[key]}
+    return {"classifier": {"head": head, "label": labels if labels[1:] else labels[0], **chosen}}

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from dmgen.constraints.feature import Feature
 
-__all__ = ["Threshold", "Wanted", "check_threshold", "label_name", "labelled", "several", "wanted"]
-
 # "argmax": the most probable label is wanted; a number: P(wanted) reaches it; None: P itself.
 Threshold = float | Literal["argmax"] | None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 from dmgen.constraints.constraint import Moment, Pointwise
@@ -76,18 +76,17 @@ def _feature_row(feature: Feature) -> dict[str, Any]:
 
 def _feature_of(facts: Mapping[str, Any]) -> Feature:
     """Return the feature of its YAML form, else a placeholder."""
-    name, config = facts["name"], facts.get("config")
+    name, phrase, config = facts["name"], facts.get("phrase"), facts.get("config")
     reason = "it exists only in Python: pass the constraints to load a target that can evaluate it"
+    feature = None
     if config is not None:
         try:
-            return from_config(config)
+            feature = from_config(config)
         except (ImportError, TypeError, ValueError) as error:
             reason = f"it cannot be made here, pass the constraints: {error}"
-    phrase = facts.get("phrase")
-    return Feature(
-        _Missing(reason),
-        name,
-        batched=True,
+    return replace(
+        feature or Feature(_Missing(reason), name, batched=True),
+        name=name,
         binary=facts.get("binary"),
         phrase=None if phrase is None else (phrase[0], phrase[1]),
         noun=facts.get("noun"),

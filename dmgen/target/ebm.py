@@ -60,6 +60,7 @@ class EBM:
         prompt: str = "",
         max_new_tokens: int | None = None,
     ) -> None:
+        constraints = list(constraints)
         moments = [c for c in constraints if isinstance(c, Moment)]
         if lambdas is None and moments:
             names = ", ".join(repr(m.name) for m in moments)
@@ -349,29 +350,17 @@ class EBM:
         base: LanguageModel,
         constraints: Sequence[Constraint] | None = None,
     ) -> EBM:
-        """Return the target that `save` wrote, equal to the original for the same base.
-
-        Args:
-            folder: the folder of `target.json`.
-            base: the language model a.
-            constraints: the constraints as objects; None makes them from their YAML forms, see
-                `TargetFit.from_dict`.
+        """Return the target of a base that `save` wrote; see `TargetFit.from_dict`.
 
         Raises:
-            ValueError: the file is missing or damaged, or holds another target.
+            ValueError: the file is missing or damaged, or holds other constraints.
         """
         return cls.from_fit(base, TargetFit.load(folder, constraints))
 
     @classmethod
     def from_fit(cls, base: LanguageModel, fit: TargetFit) -> EBM:
         """Return the target of a base and a fit."""
-        target = cls(
-            base,
-            fit.constraints,
-            fit.lambdas,
-            prompt=fit.prompt,
-            max_new_tokens=fit.max_new_tokens,
-        )
+        target = cls(base, fit.constraints, fit.lambdas, max_new_tokens=fit.max_new_tokens)
         target._fitted = fit
         return target
 

@@ -16,20 +16,6 @@ from dmgen.constraints.feature import Feature
 from dmgen.estimates import weights as log_weights
 from dmgen.estimates.score import Score
 
-__all__ = [
-    "Constraint",
-    "Values",
-    "allowed",
-    "checked_lambdas",
-    "constraint_mean",
-    "distinct_features",
-    "hard_edge",
-    "log_factor",
-    "soft_moments",
-    "statistics",
-    "with_lambdas",
-]
-
 Constraint = Pointwise | Moment
 Values = Mapping[str, Tensor]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -140,20 +140,17 @@ class MomentFit:
         Raises:
             ValueError: a field is missing or unknown.
         """
-        known = {field.name: str(field.type) for field in fields(cls)}
-        needed = {field.name for field in fields(cls) if field.default is MISSING}
-        strange = sorted(needed - mapping.keys() | mapping.keys() - known.keys())
-        if strange:
-            raise ValueError(f"a moment fit has {', '.join(known)}; check {', '.join(strange)}")
-        values: dict[str, Any] = dict(mapping)
-        for name in values:
-            if name == "hits":
-                values[name] = np.array(values[name], dtype=np.int64)
-            elif known[name].startswith("Array") and values[name] is not None:
-                values[name] = np.array(values[name], dtype=np.float64)
-            elif known[name] == "float":
-                values[name] = float(values[name])
-        return cls(**values | {"names": tuple(mapping["names"])})
+
+        def read(name: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return np.array(value, dtype=np.int64 if name == "hits" else np.float64)
+            return float(value) if isinstance(value, str) else value
+
+        values = {name: read(name, value) for name, value in mapping.items() if name != "names"}
+        try:
+            return cls(names=tuple(mapping["names"]), **values)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"this is not a moment fit: {error}") from error
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, MomentFit):

@@ -88,14 +88,7 @@ def fit_lambdas(
     """
     phi, lw = checked_columns(features, log_weights)
     n, k = phi.shape
-    targets = as_array(moments).copy()
-    if targets.shape not in ((k,), (k, 2)) or np.isnan(targets).any():
-        raise ValueError(
-            f"moments must be ({k},) or ({k}, 2) numbers for {k} features, got {moments!r}"
-        )
-    low, high = (targets, targets) if targets.ndim == 1 else (targets[:, 0], targets[:, 1])
-    if (low > high).any() or np.isposinf(low).any() or np.isneginf(high).any():
-        raise ValueError(f"each interval must be [low, high] with low <= high, got {moments!r}")
+    targets, low, high = _checked_targets(moments, k)
     labels = tuple(names) if names is not None else tuple(f"feature {j}" for j in range(k))
     if len(labels) != k:
         raise ValueError(f"names must have {k} entries, got {len(labels)}")
@@ -124,6 +117,19 @@ def fit_lambdas(
             fit,
         )
     return fit
+
+
+def _checked_targets(moments: Any, k: int) -> tuple[Array, Array, Array]:
+    """Return the targets of k features as given, and their low and high ends, (K,)."""
+    targets = as_array(moments).copy()
+    if targets.shape not in ((k,), (k, 2)) or np.isnan(targets).any():
+        raise ValueError(
+            f"moments must be ({k},) or ({k}, 2) numbers for {k} features, got {moments!r}"
+        )
+    low, high = (targets, targets) if targets.ndim == 1 else (targets[:, 0], targets[:, 1])
+    if (low > high).any() or np.isposinf(low).any() or np.isneginf(high).any():
+        raise ValueError(f"each interval must be [low, high] with low <= high, got {moments!r}")
+    return targets, low, high
 
 
 def _check_ranges(rows: Rows, low: Array, high: Array, names: Sequence[str]) -> None:

@@ -80,30 +80,13 @@ def _cutting_planes(problem: Problem, chosen: list[int], edge: bool) -> Array:
     v = np.zeros(k)
     for _ in range(100):
         x = (problem.rows.phi[chosen] - problem.centre) / problem.scale
-        last = np.full((len(chosen), 1), -1.0)
-        a = np.vstack(
-            [
-                np.hstack([x, -x, last]),  # v·x <= z
-                np.concatenate([np.ones(2 * k), [0.0]]),  # |v|₁ <= 1
-                *([np.concatenate([-ends, [1.0]])] if edge else []),  # z <= support(v)
-            ]
-        )
-        b = np.zeros(len(a))
-        b[len(chosen)] = 1.0
         cost = np.concatenate([signs - ends, [0.0]]) if edge else np.concatenate([-ends, [1.0]])
-        solved = linprog(
-            cost,
-            A_ub=a,
-            b_ub=b,
-            bounds=bounds,
-            method="highs-ds",
-            options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
-        )
-        if solved.x is None:
+        solution = _solve(cost, x, ends if edge else None, bounds)
+        if solution is None:
             return v
-        v = solved.x[:k] - solved.x[k : 2 * k]
+        v = solution[:k] - solution[k : 2 * k]
         projections = problem.project(v)
-        limit = problem.support(v) if edge else solved.x[-1]
+        limit = problem.support(v) if edge else solution[-1]
         beyond = np.flatnonzero(projections > limit + 1e-10)
         worst = beyond[np.argsort(-projections[beyond])[: 2 * k + 10]]
         new = set(worst.tolist()) - set(chosen)
@@ -111,3 +94,32 @@ def _cutting_planes(problem: Problem, chosen: list[int], edge: bool) -> Array:
             break
         chosen.extend(new)
     return v
+
+
+def _solve(
+    cost: Array, x: Array, ends: Array | None, bounds: list[tuple[float | None, float | None]]
+) -> Array | None:
+    """Return the v⁺, v⁻ and z of least cost with `v·x <= z` for all rows x, or None.
+
+    With ends, the targets, z must not exceed `support(v)`.
+    """
+    k = x.shape[1]
+    a = np.vstack(
+        [
+            np.hstack([x, -x, np.full((len(x), 1), -1.0)]),  # v·x <= z
+            np.concatenate([np.ones(2 * k), [0.0]]),  # |v|₁ <= 1
+            *([] if ends is None else [np.concatenate([-ends, [1.0]])]),  # z <= support(v)
+        ]
+    )
+    b = np.zeros(len(a))
+    b[len(x)] = 1.0
+    solved = linprog(
+        cost,
+        A_ub=a,
+        b_ub=b,
+        bounds=bounds,
+        method="highs-ds",
+        options={"primal_feasibility_tolerance": 1e-10, "dual_feasibility_tolerance": 1e-10},
+    )
+    solution: Array | None = solved.x
+    return solution

@@ -185,6 +185,8 @@ def test_a_classifier_is_declared_without_reading_its_head(tmp_path):
     f = features.from_config(config)
     assert (f.name, f.binary, f.config) == ("b or c", True, config)
     assert features.from_config(f.config) == f
+    one = features.from_config({"classifier": {"head": "head", "label": ["b"]}})
+    assert features.from_config(one.config) == one
     with pytest.raises(FeatureError, match=f"no classifier head in '{tmp_path}"):
         f(["b"])
 

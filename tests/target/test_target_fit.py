@@ -240,6 +240,9 @@ def test_a_target_of_a_classifier_is_read_without_its_head(world, tmp_path):
         again.values(world.enumerate())
     config["classifier"]["head"] = str(tmp_path / "moved")
     moved = Moment(features.from_config(config, embed=lambda base: count_b), 0.3)
+    made = features.classifier(tmp_path / "moved", count_b, "b", name="more b")
+    in_python = EBM(world, [Pointwise(made)])
+    assert TargetFit.from_dict(in_python.fitted.to_dict()) == in_python.fitted
     found = EBM.load(tmp_path / "target", world, [moved])
     assert torch.equal(found.log_score(world.enumerate()), target.log_score(world.enumerate()))
 
@@ -284,7 +287,7 @@ def test_files_that_are_missing_or_damaged(world, tmp_path):
 def test_a_moment_fit_names_the_field_that_is_wrong(change, named):
     facts = fit_lambdas([[0.0], [1.0]], [0.5]).to_dict() | change
     facts = {key: value for key, value in facts.items() if value is not None}
-    with pytest.raises(ValueError, match=f"check {named}$"):
+    with pytest.raises(ValueError, match=f"not a moment fit.*'{named}'"):
         MomentFit.from_dict(facts)
 
 
