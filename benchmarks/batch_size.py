@@ -12,15 +12,15 @@ all texts; the seeds differ in the texts drawn, and a pair of methods is compare
 from __future__ import annotations
 
 import argparse
-import json
 from typing import Any
 
+import pandas as pd
 import record
 import synthetic
+import tables
 from tqdm import tqdm
 
 import dmgen
-from dmgen import storage
 
 TASKS = {
     "pointwise": synthetic.pointwise("acb"),
@@ -38,7 +38,7 @@ PAIRS = (("GDC++", "GDC"), ("GDC", "frozen"))
 
 
 def run(task: str, method: str, size: int, seed: int, n_samples: int) -> dict[str, Any]:
-    """One training run; its final divergences, exact."""
+    """Run one training; return its final divergences, exact."""
     target = TASKS[task]
     kind, settings = METHODS[method]
     config = dmgen.TrainerConfig(
@@ -58,17 +58,17 @@ def run(task: str, method: str, size: int, seed: int, n_samples: int) -> dict[st
 
 
 def finals(rows: list[dict[str, Any]], task: str, method: str, size: int) -> list[float]:
-    """KL(p‖π) of each seed, in order."""
-    found = [
+    """Return KL(p‖π) of each seed, in the order of seeds."""
+    kl_by_seed = [
         (row["seed"], row["kl_target_policy"])
         for row in rows
         if (row["task"], row["method"], row["batch_size"]) == (task, method, size)
     ]
-    return [kl for _, kl in sorted(found)]
+    return [kl for _, kl in sorted(kl_by_seed)]
 
 
 def table(result: dict[str, Any]) -> str:
-    """Mean final KL(p‖π) by method, and paired differences, each with its 95 % interval."""
+    """Return the mean final KL(p‖π) by method, and paired differences, with 95 % intervals."""
     rows = result["rows"]
     hardware, versions = result["hardware"], result["versions"]
     facts = (
@@ -89,8 +89,14 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(result: dict[str, Any], path: str) -> None:
-    """The same as a picture, one panel a task."""
+def load() -> dict[str, Any]:
+    """Return the facts and rows of the table."""
+    rows = tables.read("batch_size").to_dict("records")
+    return tables.read_facts("batch_size") | {"rows": rows}
+
+
+def plot(result: dict[str, Any]) -> None:
+    """Draw KL(p‖π) against the batch size, one panel a task."""
     import matplotlib.pyplot as plt
     from matplotlib import ticker
 
@@ -109,7 +115,7 @@ def plot(result: dict[str, Any], path: str) -> None:
         axis.yaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(2, 0.5)))
     axes[0].set_ylabel("exact KL(p‖π) at the end, nats")
     axes[0].legend()
-    figure.savefig(path, dpi=120)
+    figure.savefig(tables.RESULTS / "batch_size.png", dpi=120)
     plt.close(figure)
 
 
@@ -120,22 +126,21 @@ def main() -> None:
     parser.add_argument("--plot", action="store_true", help="only draw the picture again")
     args = parser.parse_args()
     if args.plot:
-        file = record.RESULTS / "batch_size.json"
-        plot(json.loads(file.read_text(encoding="utf-8")), str(file.with_suffix(".png")))
+        plot(load())
         return
     n_seeds, sizes = (2, (128, 1024)) if args.quick else (args.seeds, SIZES)
     cells = [(t, m, n, s) for s in range(n_seeds) for t in TASKS for n in sizes for m in METHODS]
-    result = record.facts() | {
+    facts = record.facts() | {
         "n_samples": N_SAMPLES,
         "learning_rate": LEARNING_RATE,
         "seeds": n_seeds,
         "n_texts": len(synthetic.base().enumerate()),
-        "rows": [run(*cell, N_SAMPLES) for cell in tqdm(cells)],
     }
+    result = facts | {"rows": [run(*cell, N_SAMPLES) for cell in tqdm(cells)]}
     print(table(result))
     if not args.quick:
-        storage.write_json(record.RESULTS / "batch_size.json", result)
-        plot(result, str(record.RESULTS / "batch_size.png"))
+        tables.write("batch_size", pd.DataFrame(result["rows"]), facts)
+        plot(result)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Settings beyond the papers against GDC++: samples, time and KL that each takes.
+"""Settings beyond the papers compared with GDC++: samples, time and KL of each.
 
     python benchmarks/beyond.py rare         # a rare pointwise target, exact; about 10 minutes
     python benchmarks/beyond.py bios         # female 0.5 on tiny-bios, two at a time; about an hour
-    python benchmarks/beyond.py tables       # what the result files say
+    python benchmarks/beyond.py tables       # the tables as Markdown
 
 `rare`: on a world of 1,365 texts, every text must contain a word that the base writes in less than
 one of 1,000. All settings train on the same number of texts; KL(p‖π) is an exact sum after every
@@ -12,14 +12,15 @@ few steps, and the table says after how many texts a setting has reached what GD
 is estimated on one fixed set of texts that no setting trains on: fresh texts of the base, of which
 all that are about women count, and as many of the others, each with its weight under p. All
 settings share the set, so their differences are sharper than their errors. KL(π‖a) and the moment
-are those of 1,024 fresh texts of the policy at the end. Each result is a file; what is there is not
-run again.
+are those of 1,024 fresh texts of the policy at the end. Each result is a file in `raw/beyond/`,
+which `write_readme.py` puts into `results/beyond.csv` (a row a run) and `beyond_curves.csv` (each
+point with the lowest KL so far, and the last). A run that has a result is not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import math
 import statistics
 import time
@@ -29,13 +30,13 @@ from typing import Any
 import pandas as pd
 import record
 import synthetic
+import tables
 import torch
 from tqdm import tqdm
 
 import dmgen
 from dmgen import storage
 from dmgen.estimates import weights as log_weights
-from dmgen.evaluation.evaluate import evaluate
 
 Setting = tuple[Any, dict[str, Any], dict[str, Any]]  # class, its options, settings of the run
 
@@ -101,7 +102,7 @@ BIOS: dict[str, Setting] = {
 
 
 def run_rare(name: str, seed: int) -> dict[str, Any]:
-    """One run on the rare target: exact KL(p‖π) after every RARE_EVERY texts."""
+    """Run on the rare target; return the exact KL(p‖π) after every RARE_EVERY texts."""
     target = synthetic.pointwise(WORD)
     exact = target.exact()
     kind, options, settings = RARE[name]
@@ -113,13 +114,13 @@ def run_rare(name: str, seed: int) -> dict[str, Any]:
     sampler = kind(policy, target, config, **options)
     curve = []
     for _ in range(RARE_SAMPLES // RARE_EVERY):
-        sampler.train(RARE_EVERY // config.batch_size)
-        curve.append([sampler.n_drawn, sampler.seconds, exact.kl_target_policy(policy)])
+        step = sampler.train(RARE_EVERY // config.batch_size).iloc[-1]
+        curve.append([int(step["samples"]), step["seconds"], exact.kl_target_policy(policy)])
     return {"curve": curve, "base_rate": math.exp(exact.log_z)}
 
 
 def heldout(target: dmgen.EBM) -> tuple[dmgen.Samples, torch.Tensor, torch.Tensor, float]:
-    """Texts that p is judged on, log P of each, their weights (sum 1), and log Z."""
+    """Return texts that represent p, log P of each, their weights (sum 1), and log Z."""
     texts = target.base.sample(8192, seed=987)
     log_score = target.log_score(texts, base_log_prob=texts.log_prob)
     female = target.values(texts)["female"] == 1
@@ -134,7 +135,7 @@ def heldout(target: dmgen.EBM) -> tuple[dmgen.Samples, torch.Tensor, torch.Tenso
 
 
 def run_bios(name: str, seed: int) -> dict[str, Any]:
-    """One run on tiny-bios: KL(p‖π) on the held-out texts every few steps, for BIOS_SECONDS."""
+    """Run on tiny-bios for BIOS_SECONDS; return KL(p‖π) on held-out texts every few steps."""
     target = bios_target()
     judge, log_score, weights, log_z = heldout(target)
     kind, options, settings = BIOS[name]
@@ -148,11 +149,11 @@ def run_bios(name: str, seed: int) -> dict[str, Any]:
     while seconds < BIOS_SECONDS:
         # Seconds of a core: other work on the machine does not count.
         started = time.process_time()
-        sampler.train(BIOS_EVERY)
+        step = sampler.train(BIOS_EVERY).iloc[-1]
         seconds += time.process_time() - started
         kl = float(weights @ (log_score - policy.log_prob(judge))) - log_z
-        curve.append([sampler.n_drawn, seconds, kl])
-    scores = evaluate(policy, target, n_samples=1024, seed=seed + 1000)
+        curve.append([int(step["samples"]), seconds, kl])
+    scores = dmgen.evaluate(policy, target, n_samples=1024, seed=seed + 1000)
     return {
         "base_rate": target.base_moments["female"].value,
         "curve": curve,
@@ -166,7 +167,7 @@ _TARGETS: list[dmgen.EBM] = []
 
 
 def bios_target() -> dmgen.EBM:
-    """Half of the biographies about women, fitted once a process."""
+    """Return the target "half of the biographies are about women", fitted once a process."""
     if not _TARGETS:
         base = dmgen.CausalLM.from_pretrained("tiny-bios")
         female = dmgen.features.gender("female")
@@ -174,48 +175,86 @@ def bios_target() -> dmgen.EBM:
     return _TARGETS[0]
 
 
+KEY = ("part", "name", "seed")
+COLUMNS = (*KEY, "base_rate", "moment", "kl_policy_base", "kl_target_policy", "wall", "command",
+           "commit")  # fmt: skip
 PARTS = {"rare": (RARE, run_rare, 7), "bios": (BIOS, run_bios, 3)}
 
 
 def path_of(part: str, name: str, seed: int) -> Path:
     slug = "".join(c if c.isalnum() else "-" for c in name.replace("+", "p").replace("%", "pc"))
-    return record.RESULTS / "beyond" / f"{part}-{slug}-{seed}.json"
+    return tables.RAW / "beyond" / f"{part}-{slug}-{seed}.json"
 
 
 def run_all(part: str, share: int, n_shares: int) -> None:
-    """Runs what has no result file yet; `share` of `n_shares` processes side by side."""
+    """Run each cell that has no result; `share` of `n_shares` processes side by side."""
     settings, run, n_seeds = PARTS[part]
     cells = [(name, seed) for seed in range(n_seeds) for name in settings]
+    frame = load(part)
+    stored = set(zip(frame["name"], frame["seed"], strict=True))
     for name, seed in tqdm(cells[share::n_shares]):
         path = path_of(part, name, seed)
-        if not path.exists():
+        if (name, seed) not in stored and not path.exists():
             started = time.time()
             result = {"part": part, "name": name, "seed": seed} | run(name, seed)
             storage.write_json(path, result | {"wall": time.time() - started} | record.facts())
 
 
 def load(part: str) -> pd.DataFrame:
-    """One row a result file, for the seeds that all settings share."""
-    files = sorted((record.RESULTS / "beyond").glob(f"{part}-*.json"))
-    frame = pd.DataFrame([json.loads(path.read_text(encoding="utf-8")) for path in files])
+    """Return a row a run, with its `curve` of (samples, seconds, KL)."""
+    runs, curves = tables.read("beyond"), tables.read("beyond_curves")
+    points = {
+        key: rows[["samples", "seconds", "kl_target_policy"]].to_numpy().tolist()
+        for key, rows in tables.groups(curves, KEY)
+    }
+    runs["curve"] = [points[key] for key in runs[list(KEY)].itertuples(index=False, name=None)]
+    return runs[runs["part"] == part]
+
+
+def shared(frame: pd.DataFrame) -> pd.DataFrame:
+    """Return the runs with the seeds that all settings have."""
     n_shared = frame.groupby("name")["seed"].nunique().min()
     return frame[frame["seed"] < n_shared]
 
 
+def collect() -> None:
+    """Put the raw results into the tables."""
+    results = tables.raw_results("beyond")
+    if not results:
+        return
+    runs = [{key: result.get(key) for key in COLUMNS} for result in results]
+    points = [
+        {key: result[key] for key in KEY}
+        | dict(zip(("samples", "seconds", "kl_target_policy"), point, strict=True))
+        for result in results
+        for point in thinned(result["curve"])
+    ]
+    facts = {key: results[-1][key] for key in ("hardware", "versions", "threads")}
+    tables.merge("beyond", pd.DataFrame(runs), KEY, facts)
+    tables.merge("beyond_curves", pd.DataFrame(points), KEY)
+
+
+def thinned(curve: list[list[float]]) -> list[list[float]]:
+    """Return the points with a lower KL than all before them, to five digits, and the last."""
+    least = [math.inf, *itertools.accumulate((point[2] for point in curve), min)]
+    lowest = [p for p, low in zip(curve[:-1], least, strict=False) if p[2] < low]
+    return [[float(f"{x:.5g}") for x in point] for point in lowest] + [curve[-1]]
+
+
 def first_below(curve: list[list[float]], level: float, column: int) -> float:
-    """Samples (column 0) or seconds (1) at which KL first is at most `level`; inf if never."""
+    """Return the samples (column 0) or seconds (1) at the first KL <= `level`; inf if none."""
     return next((point[column] for point in curve if point[2] <= level), math.inf)
 
 
 def table(part: str) -> str:
-    """Final KL(p‖π), and how soon GDC++'s final one was reached, in samples and in seconds."""
-    settings, frame = PARTS[part][0], load(part)
+    """Return final KL(p‖π), and samples and seconds until that of GDC++ is reached."""
+    settings, frame = PARTS[part][0], shared(load(part))
     finals = {n: [c[-1][2] for c in frame[frame["name"] == n]["curve"]] for n in settings}
     level = record.mean_interval(finals["GDC++"])[0]
     ends = [curve[-1] for curve in frame[frame["name"] == "GDC++"]["curve"]]
     reference = [statistics.median(end[column] for end in ends) for column in (0, 1)]
     head = ["setting", "final KL(p‖π)", "− GDC++", "samples", "seconds", "reached in"]
-    head += ["moment", "KL(π‖a)", "KL spent beyond the least"] if part == "bios" else []
+    head += ["moment", "KL(π‖a)", "KL(π‖a) − least KL for its moment"] if part == "bios" else []
     lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for name in settings:
         mine = frame[frame["name"] == name].sort_values("seed")
@@ -233,17 +272,17 @@ def table(part: str) -> str:
             cells += [record.shown(mine[k], 3) for k in ("moment", "kl_policy_base")]
             cells.append(record.shown([_beyond(row) for _, row in mine.iterrows()], 3))
         lines.append("| " + " | ".join(cells) + " |")
-    one = frame.iloc[0]
+    one, made_by = frame.iloc[0], tables.read_facts("beyond")
     facts = (
         f"`{one['command'].split(' --share')[0]}`, seeds 0 to {int(frame['seed'].max())}, a core "
-        f"of {one['hardware']['cpu']}, torch {one['versions']['torch']}. ± is the 95 % interval "
-        "over seeds."
+        f"of {made_by['hardware']['cpu']}, torch {made_by['versions']['torch']}. ± is the 95 % "
+        "interval over seeds."
     )
     return "\n".join([facts, "", *lines])
 
 
 def _beyond(row: pd.Series) -> float:
-    """KL(π‖a) less the least that its moment costs, KL(Bern(moment)‖Bern(base rate)), nats."""
+    """Return KL(π‖a) − KL(Bern(moment)‖Bern(base rate)), the excess over the least, nats."""
     m, rate = row["moment"], row["base_rate"]
     least = m * math.log(m / rate) + (1 - m) * math.log((1 - m) / (1 - rate)) if m else 0.0
     return float(row["kl_policy_base"] - least)

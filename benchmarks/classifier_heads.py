@@ -29,7 +29,7 @@ Labelled = tuple[list[str], list[str]]
 
 
 def sst2(data: Path, split: str) -> Labelled:
-    """Sentences of one split with "positive" or "negative"."""
+    """Return the sentences of one split, labelled "positive" or "negative"."""
     with (data / "sst2" / f"{split}.tsv").open(encoding="utf-8", newline="") as file:
         rows = [row for row in csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE) if row]
     rows = [row for row in rows if row[-1] in ("0", "1")]
@@ -37,7 +37,7 @@ def sst2(data: Path, split: str) -> Labelled:
 
 
 def clickbait(data: Path) -> Labelled:
-    """As many headlines of each class, none twice."""
+    """Return equally many headlines of each class, without duplicates."""
     texts: list[str] = []
     labels: list[str] = []
     for label, name in (("clickbait", "clickbait"), ("news", "non_clickbait")):
@@ -50,7 +50,7 @@ def clickbait(data: Path) -> Labelled:
 
 
 def main() -> None:
-    """Fits both heads and writes them, with what they were made by."""
+    """Fit both heads and write them with command, commit and hardware."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""What the GDC++ paper claims, checked on the grid; its tables for benchmarks/README.md.
+"""The claims of the GDC++ paper, checked on the grid, as tables for benchmarks/README.md.
 
     python benchmarks/grid_claims.py
 
@@ -14,7 +14,8 @@ import math
 from collections.abc import Iterator
 
 import pandas as pd
-from grid_report import POINTWISE, asked, batches, finals, load, steps
+import tables
+from grid_report import POINTWISE, batches, finals, load, requested, steps
 from run_grid import BATCHES, TASKS, TWO_TASKS, cells
 
 COLUMNS = {
@@ -29,16 +30,16 @@ _OPEN = "open: not all run"
 
 
 def table() -> str:
-    """Every task and method: moments with verdicts, KLs, diversity; means over seeds."""
+    """Return a row a task and method: moments with verdicts, KLs, diversity; means over seeds."""
     frame = finals()
     seeds = pd.Series([(r["task"], r["method"]) for r in load()]).value_counts()
     verdicts = {}
     for result in load():
-        said = [row["verdict"] for row in result["final"]["rows"] if row.get("verdict")]
+        said = [row["verdict"] for row in result["final"] if row.get("verdict")]
         verdicts.setdefault((result["task"], result["method"]), []).append(said)
-    names = {result["task"]: asked(result) for result in load()}
+    names = {result["task"]: requested(result) for result in load()}
     lines = [
-        "| task | method | seeds | moments (asked) | " + " | ".join(COLUMNS.values()) + " |",
+        "| task | method | seeds | moments (requested) | " + " | ".join(COLUMNS.values()) + " |",
         "|---" * (4 + len(COLUMNS)) + "|",
     ]
     for row in frame.to_dict("records"):
@@ -57,13 +58,13 @@ def table() -> str:
 
 
 def claims() -> str:
-    """Each claim of the paper with what was measured here and a verdict."""
+    """Return each claim of the paper with the measurement here and a verdict."""
     lines = ["| claim | measured here | verdict |", "|---|---|---|"]
     return "\n".join(lines + [f"| {a} | {b} | {c} |" for a, b, c in _claims()])
 
 
 def texts(n: int = 2) -> str:
-    """Texts before and after, from the same random numbers, of GDC++ with the first seed."""
+    """Return texts of the base and GDC++ (first seed), drawn with the same random numbers."""
     lines = ["| task | base | GDC++ |", "|---|---|---|"]
     for result in load():
         if result["method"] == "GDC++" and result["seed"] == 0:
@@ -117,7 +118,7 @@ def _has(frame: pd.DataFrame, method: str) -> bool:
 def _count(
     frame: pd.DataFrame, metric: str, one: str, other: str, wanted: float
 ) -> tuple[str, str]:
-    """In how many tasks `one` is below `other`, and the verdict on "in a share `wanted`"."""
+    """Count the tasks where `one` is below `other`; judge "in a fraction `wanted` of them"."""
     lower = clear_lower = clear_higher = n = 0
     for task in frame.index.get_level_values("task").unique():
         if (task, one) not in frame.index or (task, other) not in frame.index:
@@ -171,7 +172,7 @@ def _noise_claims() -> Iterator[Row]:
         mean = mean.dropna()
         n, lower = len(mean), int((mean["GDC++"] < mean["GDC"]).sum())
         ratio = (mean["GDC++"] / mean["GDC"]).median()
-        said = f"lower in {lower} of {n} tasks, in the middle one {ratio:.2f} times that of GDC"
+        said = f"lower in {lower} of {n} tasks, in the median task {ratio:.2f} times that of GDC"
         verdict = "holds" if lower == n else "undecided" if lower > n / 2 else "does not"
         name = f"GDC++ lowers the variance of the {word}"
         yield name, said, verdict if n == len(TASKS) else _OPEN
@@ -226,17 +227,14 @@ def _made_by() -> str:
     results = load()
     one = results[0]
     seconds = [r["core_seconds"] for r in results]
-    batch, n_steps = one["config"]["trainer"]["batch_size"], one["config"]["n_steps"]
     commits = ", ".join(sorted({r["commit"] for r in results}))
-    rate, n_texts = (
-        one["config"]["trainer"]["learning_rate"],
-        one["config"]["evaluate"]["n_samples"],
-    )
+    facts = tables.read_facts("grid")
     return (
         f"`python benchmarks/run_grid.py`, base {one['base']}, {len(results)} of {len(cells())} "
-        f"runs, of {n_steps} steps of {batch} texts (the other batches: as many texts), learning "
-        f"rate {rate:g}, evaluated on {n_texts:,} texts; a core of {one['hardware']['cpu']}, "
-        f"{min(seconds):.0f} to {max(seconds):.0f} s a run; torch {one['versions']['torch']}; "
+        f"runs, of {one['n_steps']} steps of {one['batch_size']} texts (the other batches: as many "
+        f"texts), learning rate {one['learning_rate']:g}, evaluated on "
+        f"{one['n_evaluated']:,} texts; a core of {facts['hardware']['cpu']}, "
+        f"{min(seconds):.0f} to {max(seconds):.0f} s a run; torch {facts['versions']['torch']}; "
         f"commits {commits}. ± is one standard error of the evaluation."
     )
 

@@ -1,4 +1,4 @@
-"""Tables and figures of the grid, from its result files.
+"""Figures of the grid, from its tables.
 
     python benchmarks/grid_report.py            # the figures; write_readme.py writes the tables
 
@@ -8,23 +8,23 @@ the figures.
 
 from __future__ import annotations
 
-import json
 import math
 from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import record
-from run_grid import EVERYWHERE, METHODS, TASKS, TWO_TASKS
+import policy_runs
+import tables
+from run_grid import EVERYWHERE, METHODS, TASKS, TWO_TASKS, table_of
 
 from dmgen.report import figures
 
 POINTWISE = [path.stem for path in TASKS[:6]]
-# A row of the figures: its name, and what it is drawn of.
+# The panels of a figure: column and title.
 PANELS = (
     ("kl_target_policy", "KL(p‖π), nats"),
-    ("off", "mean |E φ − asked|"),
+    ("off", "mean |E φ − requested|"),
     ("kl_policy_base", "KL(π‖a), nats"),
     ("self_bleu_5", "Self-BLEU-5"),
     ("distinct_1", "Distinct-1"),
@@ -39,39 +39,36 @@ NOISE = (
 
 @cache
 def load(base: str = "tiny-bios") -> list[dict[str, Any]]:
-    """All results of a base, in the order of the tables."""
-    files = (record.RESULTS / "grid").glob(f"{base}-*.json")
+    """Return all runs of a base, in the order of the tables."""
     order = list(METHODS)
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in files]
-    return sorted(found, key=lambda r: (r["task"], order.index(r["method"]), r["seed"]))
+    results = policy_runs.load(table_of(base), stepwise=True)
+    return sorted(results, key=lambda r: (r["task"], order.index(r["method"]), r["seed"]))
 
 
-def asked(result: dict[str, Any]) -> dict[str, float]:
-    """The mean that each constraint of a task asks for; 1 for one on every text."""
-    return {
-        row["metric"]: float(row["target"]) for row in result["final"]["rows"] if "target" in row
-    }
+def requested(result: dict[str, Any]) -> dict[str, float]:
+    """Return the requested mean of each constraint of a task; 1 for a pointwise one."""
+    return {row["metric"]: float(row["target"]) for row in result["final"] if "target" in row}
 
 
 def off(point: dict[str, Any], targets: dict[str, float]) -> tuple[float, float]:
-    """Mean distance of the moments from what was asked, and its error."""
+    """Return the mean distance of the moments from the requested ones, and its error."""
     errors = [point[name][1] for name in targets]
     distance = np.mean([abs(point[name][0] - target) for name, target in targets.items()])
     return float(distance), math.hypot(*errors) / len(errors)
 
 
 def final(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """What the policy ended with: value and error by metric."""
+    """Return the final value and error of the policy by metric."""
     rows = {
-        row["metric"]: (row["value"], row["stderr"])
-        for row in result["final"]["rows"]
-        if row["model"] in ("policy", "") and row["value"] is not None
+        row["metric"]: (row["value"], row.get("stderr", math.nan))
+        for row in result["final"]
+        if row["model"] in ("policy", "") and "value" in row
     }
-    return rows | {"off": off(rows, asked(result))}
+    return rows | {"off": off(rows, requested(result))}
 
 
 def finals(base: str = "tiny-bios") -> pd.DataFrame:
-    """Means over seeds: a row a task and method, columns `metric` and `metric_stderr`."""
+    """Return means over seeds: a row a task and method, columns `metric`, `metric_stderr`."""
     rows = []
     for result in load(base):
         row: dict[str, Any] = {"task": result["task"], "method": result["method"]}
@@ -87,7 +84,7 @@ def finals(base: str = "tiny-bios") -> pd.DataFrame:
 
 
 def curves(base: str = "tiny-bios") -> pd.DataFrame:
-    """The small evaluations over training: a row each; `seed` is the task with its seed."""
+    """Return a row a small evaluation during training; `seed` is the task with its seed."""
     rows = []
     for result in load(base):
         for point in result["curve"]:
@@ -96,26 +93,25 @@ def curves(base: str = "tiny-bios") -> pd.DataFrame:
                 "task": result["task"], "method": result["method"],
                 "seed": f"{result['task']} {result['seed']}", "samples": point["samples"],
             }  # fmt: skip
-            rows.append(row | own | {"off": off(point, asked(result))[0]})
+            rows.append(row | own | {"off": off(point, requested(result))[0]})
     return pd.DataFrame(rows)
 
 
 def steps(base: str = "tiny-bios") -> pd.DataFrame:
-    """The metrics of every step of GDC++ and GDC."""
+    """Return the metrics of every step of GDC++ and GDC."""
     frames = []
     for result in load(base):
         if result["method"] in ("GDC++", "GDC"):
             own = {key: result[key] for key in ("task", "method")} | {"seed": str(result["seed"])}
-            frames.append(pd.DataFrame(result["metrics"]).assign(**own))
+            frames.append(result["steps"].drop(columns=["seed"]).assign(**own))
             # The weights' mean is 1, so that ESS = N / (1 + variance).
-            n = result["config"]["trainer"]["batch_size"]
             ess = frames[-1]["ess"]
-            frames[-1]["reward_var"] = n / ess.where(ess > 0) - 1
+            frames[-1]["reward_var"] = result["batch_size"] / ess.where(ess > 0) - 1
     return pd.concat(frames)
 
 
 def draw_training() -> Any:
-    """After Figure 3: pointwise tasks above, the others below, mean and range over tasks."""
+    """Draw the paper's Figure 3: pointwise tasks above, others below; mean and range of tasks."""
     frame = curves()
     frame = frame[frame["method"].isin(EVERYWHERE)]
     groups = {
@@ -138,7 +134,7 @@ def draw_training() -> Any:
 
 
 def draw_noise() -> Any:
-    """After Figures 2 and 5: how large and how noisy the advantages and the gradient are."""
+    """Draw the paper's Figures 2 and 5: size and variance of the advantages and the gradient."""
     frame = steps()
     figure, axes = _figure(2, len(NOISE))
     for row, task in zip(axes, ("01-album", "07-topics"), strict=True):
@@ -153,7 +149,7 @@ def draw_noise() -> Any:
 
 
 def draw_batches() -> Any:
-    """After Figure 4: KL(p‖π) at the end by batch size, with 95 % intervals."""
+    """Draw the paper's Figure 4: final KL(p‖π) by batch size, with 95 % intervals."""
     figure, axes = _figure(1, len(TWO_TASKS))
     for ax, task in zip(axes[0], TWO_TASKS, strict=True):
         for method, (colour, _) in figures.palette(["GDC++", "GDC"]).items():
@@ -173,15 +169,15 @@ def draw_batches() -> Any:
 
 
 def batches(task: str, method: str) -> dict[int, tuple[float, float]]:
-    """KL(p‖π) at the end with its error, by batch size."""
+    """Return the final KL(p‖π) with its error, by batch size."""
     frame = finals().set_index(["task", "method"])
-    found = {}
+    points = {}
     for name in METHODS:
         if name.split(" batch")[0] == method and (task, name) in frame.index:
             size = int(name.split()[-1]) if "batch" in name else 256
             row = frame.loc[(task, name)]
-            found[size] = (row["kl_target_policy"], row["kl_target_policy_stderr"])
-    return dict(sorted(found.items()))
+            points[size] = (row["kl_target_policy"], row["kl_target_policy_stderr"])
+    return dict(sorted(points.items()))
 
 
 def _figure(n_rows: int, n_columns: int) -> Any:
@@ -209,7 +205,7 @@ def main() -> None:
     for name, draw in (
         ("training", draw_training), ("noise", draw_noise), ("batches", draw_batches),
     ):  # fmt: skip
-        path = record.RESULTS / f"grid_{name}.png"
+        path = tables.RESULTS / f"grid_{name}.png"
         draw().savefig(path, dpi=110)
         print(path)
 

@@ -1,4 +1,4 @@
-"""How far log-probabilities in bfloat16 are off, by where the model adds up its states.
+"""Errors of log-probabilities in bfloat16, by the precision of the hidden states.
 
     python benchmarks/half_precision.py models/smollm2      # some three minutes on two cores
 
@@ -14,13 +14,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import record
+import tables
 import torch
 from tqdm import tqdm
 
 import dmgen
-from dmgen import storage
-from dmgen.models.hf import scoring, tokenization
+from dmgen.models.hf import scoring
 
 N_TEXTS, LENGTH, SEED = 256, 40, 5
 PROMPTS = ("He complained that", "This person")
@@ -33,8 +34,8 @@ PAIRS = (
 
 
 def states_in_bfloat16(base: dmgen.CausalLM, samples: dmgen.Samples) -> torch.Tensor:
-    """Log-probability of each token without autocast, `(N, T)`: the model as it came."""
-    start = tokenization.start_ids(base.model, base.tokenizer, samples.prompts[0], LENGTH)
+    """Return the log-probability of each token without autocast, `(N, T)`."""
+    start = torch.tensor(base.tokenizer(samples.prompts[0])["input_ids"], device=base.device)
     with torch.no_grad():
         parts = [
             scoring.score(base.model, start, samples.tokens[i], samples.mask[i], chunked=True)
@@ -44,7 +45,7 @@ def states_in_bfloat16(base: dmgen.CausalLM, samples: dmgen.Samples) -> torch.Te
 
 
 def measure(name: str) -> list[dict[str, Any]]:
-    """A row a prompt and pair: the difference of texts, in nats, and the largest of a token."""
+    """Return a row a prompt and pair: the difference of texts, and the largest of a token."""
     base = dmgen.CausalLM.from_pretrained(name, dtype="bfloat16", max_new_tokens=LENGTH)
     exact = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH)
     policy, rows = base.copy(), []
@@ -67,7 +68,7 @@ def measure(name: str) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as Markdown."""
     lines = [
         f"`{result['command']}`: {N_TEXTS} texts of {LENGTH} tokens a prompt, seed {SEED}, torch "
         f"{result['versions']['torch']}. Differences of log-probabilities, nats.",
@@ -89,9 +90,10 @@ def main() -> None:
     )
     parser.add_argument("model", type=Path, help="a folder with the model")
     args = parser.parse_args()
-    result = record.facts() | {"rows": measure(str(args.model))}
-    print(table(result))
-    storage.write_json(record.RESULTS / "half_precision.json", result)
+    facts = record.facts()
+    rows = measure(str(args.model))
+    print(table(facts | {"rows": rows}))
+    tables.write("half_precision", pd.DataFrame(rows), facts)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Time, steps and final error of `fit_lambdas`, beside three other ways to solve the same dual.
+"""Time, steps and final error of `fit_lambdas` and of three other solvers of the same dual.
 
-    python benchmarks/lambda_fit.py --out benchmarks/results/lambda_fit.json
-    python benchmarks/lambda_fit.py --quick
+    python benchmarks/lambda_fit.py             # writes results/lambda_fit.csv
+    python benchmarks/lambda_fit.py --quick     # writes nothing
 
 Solvers, all on the same samples and from lambda = 0:
 - dmgen: `fit_lambdas`, with all it reports (errors, ESS, rank, checks of the input);
@@ -9,34 +9,32 @@ Solvers, all on the same samples and from lambda = 0:
 - L-BFGS-B: scipy, exact gradient, standardised features;
 - gradient: `lambda += 0.5 (target - moments)`, at most 1000 steps, until the largest error is 1e-8,
   on the features as they are: the scheme usual for this problem, written for this comparison.
-The rivals return lambda only. The error is the largest |moment - target|, in standard deviations of
-the feature under the target, computed the same way for all.
+The other solvers return lambda only. The error is the largest |moment - target|, in standard
+deviations of the feature under the target, computed the same way for all.
 
 Binary features have base rates from 0.5 down to 0.01 and targets twice the rate (at most 0.6);
 rare ones have rates from 0.05 down to 0.001 and targets 0.4; real ones are normal with scales from
 0.1 to 40 and means up to 100, targets half a standard deviation off (less for K > 9: the corner of
-a cube is outside the hull of few points). A rival is not run on more than `--rival-limit` numbers
-(N K), the gradient solver not on more than an eighth of it: "-" in the table. "diverged" is an
-error above one standard deviation.
+a cube is outside the hull of few points). Another solver is not run on more than `--rival-limit`
+numbers (N K), the gradient solver not on more than an eighth of it: "-" in the table. "diverged" is
+an error above one standard deviation.
 
 The eight rare features of the largest case have targets exactly on the edge of the hull: no finite
 lambda exists, and the 19 texts on that edge would carry all weight. `fit_lambdas` proves it; the
-rivals return a lambda of 145 and call it converged.
+others return a lambda of 145 and report convergence.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import scipy
+import pandas as pd
+import record
+import tables
 from numpy.typing import NDArray
 from scipy.optimize import minimize
 
@@ -88,8 +86,10 @@ def solve_scipy(method: str, options: dict[str, Any]) -> Solver:
             return (centred * p[:, None]).T @ centred
 
         exact = {"hess": hessian} if method == "trust-exact" else {}
-        found = minimize(value, np.zeros(len(t)), jac=True, method=method, options=options, **exact)
-        return found.x / scale, int(found.nit)
+        solution = minimize(
+            value, np.zeros(len(t)), jac=True, method=method, options=options, **exact
+        )
+        return solution.x / scale, int(solution.nit)
 
     return solve
 
@@ -143,7 +143,7 @@ def cell(result: dict[str, Any] | None) -> str:
     if "refused" in result:
         return f"proven out of reach, {duration(result['seconds'])}"
     error = f"{result['error']:.0e}" if result["error"] < 1 else "diverged"
-    return f"{duration(result['seconds'])}, {result['steps']}, {error}"
+    return f"{duration(result['seconds'])}, {result['steps']:.0f}, {error}"
 
 
 def duration(seconds: float) -> str:
@@ -162,10 +162,31 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def write(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write the table, a row a problem and solver."""
+    flat = [
+        {"kind": row["kind"], "n": row["n"], "k": row["k"], "solver": name} | result
+        for row in rows
+        for name, result in row["solvers"].items()
+    ]
+    tables.write("lambda_fit", pd.DataFrame(flat), facts)
+
+
+def load() -> list[dict[str, Any]]:
+    """Return the rows of the table, a dictionary a problem."""
+    rows = []
+    for (kind, n, k), part in tables.groups(tables.read("lambda_fit"), ["kind", "n", "k"]):
+        solvers = {
+            row.pop("solver"): {key: x for key, x in row.items() if not pd.isna(x)}
+            for row in part.drop(columns=["kind", "n", "k"]).to_dict("records")
+        }
+        rows.append({"kind": kind, "n": n, "k": k, "solvers": solvers})
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--out", type=Path, help="write the results as JSON")
-    parser.add_argument("--quick", action="store_true", help="N up to 20,000, one repeat")
+    parser.add_argument("--quick", action="store_true", help="N up to 20,000, one repeat, no file")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--repeats", type=int, default=5, help="the fastest one counts")
     parser.add_argument("--rival-limit", type=float, default=8e6, help="largest N K for the others")
@@ -190,29 +211,8 @@ def main() -> None:
 
     print("Time, steps, largest error in standard deviations.\n")
     print(table(rows))
-    if args.out is not None:
-        result = {
-            "command": "python benchmarks/lambda_fit.py" + (" --quick" if args.quick else ""),
-            "seed": args.seed,
-            "hardware": {"machine": platform.machine(), "cpus": os.cpu_count(), "cpu": cpu_name()},
-            "threads": os.environ.get("OMP_NUM_THREADS", "default"),
-            "versions": {
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-                "scipy": scipy.__version__,
-            },
-            "rows": rows,
-        }
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+    if not args.quick:
+        write(rows, record.facts() | {"seed": args.seed})
 
 
 if __name__ == "__main__":

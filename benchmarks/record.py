@@ -1,8 +1,9 @@
-"""What every result file says beside its figures, and small statistics for the tables."""
+"""Facts that go with every result, and small statistics for the tables."""
 
 from __future__ import annotations
 
 import os
+import platform
 import shlex
 import subprocess
 import sys
@@ -11,16 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from lambda_fit import cpu_name
 from scipy import stats
 
 from dmgen.experiment import versions
 
-RESULTS = Path(__file__).parent / "results"
-
 
 def facts() -> dict[str, Any]:
-    """Command, commit, hardware and versions of this very process."""
+    """Return the command, commit, hardware and versions of this process."""
     script = Path(sys.argv[0])
     commit = subprocess.run(
         ["git", "describe", "--always", "--dirty"],
@@ -38,14 +36,23 @@ def facts() -> dict[str, Any]:
     }
 
 
+def cpu_name() -> str:
+    """Return the name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+
+
 def mean_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and half-width of its 95 % interval (Student's t over independent seeds)."""
+    """Return the mean and half the width of its 95 % interval (Student's t over seeds)."""
     x = np.asarray(values, dtype=float)
     half = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else 0.0
     return float(x.mean()), float(half)
 
 
 def shown(values: Sequence[float], digits: int = 4) -> str:
-    """The mean with its interval, for a table."""
+    """Return the mean with its interval, for a table."""
     mean, half = mean_interval(values)
     return f"{mean:.{digits}f} ± {half:.{digits}f}"

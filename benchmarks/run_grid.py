@@ -1,6 +1,6 @@
-r"""The papers' comparison: ten tasks, each by several methods, with as many texts each.
+r"""The papers' comparison: ten tasks by several methods with equal numbers of texts.
 
-    python benchmarks/run_grid.py                           # every cell without a result file
+    python benchmarks/run_grid.py                           # every cell without a result
     python benchmarks/run_grid.py --share 0/2               # every other one of them
     python benchmarks/run_grid.py --list                    # what there is and what is missing
     python benchmarks/run_grid.py --only 08-female/GDC++/0  # one cell, again if it is there
@@ -8,9 +8,10 @@ r"""The papers' comparison: ten tasks, each by several methods, with as many tex
     python benchmarks/run_grid.py --base models/smollm2 --keep runs/grid --curve 256 \
         --only 03-politics/GDC++/0 dtype=bfloat16 n_steps=60 trainer.total_steps=60
 
-A cell is a task (`tasks/*.yaml`), a method and a seed; its result is a file in `results/grid/`,
-written when the cell is done, so the grid can be stopped at any time. Run two shares side by side
-with OMP_NUM_THREADS=1. What follows the options overrides the tasks, as with `dmgen train`.
+A cell is a task (`tasks/*.yaml`), a method and a seed; its result is a file in `raw/grid/`, written
+when the cell is done, so the grid can be stopped at any time. `write_readme.py` puts these files
+into the tables `results/grid*.csv`. Run two shares side by side with OMP_NUM_THREADS=1. Arguments
+after the options override the tasks, as with `dmgen train`.
 
 Every method draws the same number of texts in batches of one size, with one learning rate, and is
 evaluated alike: a little at the start, and after every quarter of the steps, and on more texts at
@@ -30,7 +31,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import policy_runs
 import record
+import tables
 from tqdm import tqdm
 
 import dmgen
@@ -42,7 +45,7 @@ from dmgen.training import run_folder
 TASKS = sorted((Path(__file__).parent / "tasks").glob("*.yaml"))
 # Every so many steps, the variance of the gradient: Figure 5.
 DIAGNOSED = "trainer.diagnose_every=24"
-# By the name in tables: the method and what it sets beside the task's own settings.
+# By the name in tables: the method and the settings that it adds to those of the task.
 METHODS: dict[str, tuple[str, ...]] = {
     "GDC++": ("method=GDCpp", DIAGNOSED),
     "GDC": ("method=GDC", DIAGNOSED),
@@ -71,7 +74,7 @@ for size, method in product(BATCHES, ("GDC++", "GDC")):
 METHODS["REINFORCE P(x)"] = ("method=ReinforceP",)
 SEEDS = {"GDC++": 2, "GDC": 2}
 N_QUARTERS, N_PAIRS = 4, 6
-# Columns of the metrics that a result file keeps.
+# Columns of the metrics that a raw result keeps.
 KEPT = (
     "samples", "seconds", "log_z", "log_z_stderr", "ess", "kl_target_policy", "advantage_mean",
     "advantage_abs_mean", "advantage_var", "grad_variance", "grad_norm", "proposal_updated",
@@ -80,7 +83,7 @@ Cell = tuple[str, str, int]
 
 
 def cells() -> list[Cell]:
-    """All cells in the order in which they run: the methods that the claims are about first."""
+    """Return all cells in the order of their runs, the methods of the claims first."""
     every = product(METHODS, range(2), [path.stem for path in TASKS])
     return [
         (task, method, seed)
@@ -90,14 +93,33 @@ def cells() -> list[Cell]:
 
 
 def path_of(base: str, cell: Cell) -> Path:
-    """The result file of a cell."""
+    """Return the raw result file of a cell."""
     task, method, seed = cell
     slug = method.replace("+", "p").replace(" ", "-").replace("(", "").replace(")", "")
-    return record.RESULTS / "grid" / f"{Path(base).name}-{task}-{slug}-{seed}.json"
+    return tables.RAW / "grid" / f"{Path(base).name}-{task}-{slug}-{seed}.json"
+
+
+def table_of(base: str) -> str:
+    """Return the name of a base's table."""
+    name = Path(base).name
+    return "grid" if name == "tiny-bios" else f"grid-{name}"
+
+
+def done(base: str) -> set[Cell]:
+    """Return the cells that are in the table or have a raw result."""
+    return policy_runs.stored(table_of(base)) | {c for c in cells() if path_of(base, c).exists()}
+
+
+def collect() -> None:
+    """Put the raw results into the tables."""
+    every = tables.raw_results("grid")
+    for base in dict.fromkeys(result["base"] for result in every):
+        results = [result for result in every if result["base"] == base]
+        policy_runs.collect(table_of(base), results, stepwise=("GDC++", "GDC"))
 
 
 def config_of(base: str, cell: Cell, overrides: list[str]) -> RunConfig:
-    """The task's own configuration with what the method and the seed change."""
+    """Return the configuration of the task with the settings of method and seed."""
     task, method, seed = cell
     path = Path(__file__).parent / "tasks" / f"{task}.yaml"
     own = [f"base={base}", *METHODS[method], f"trainer.seed={seed}"]
@@ -106,16 +128,16 @@ def config_of(base: str, cell: Cell, overrides: list[str]) -> RunConfig:
 
 @cache
 def target_of(base: str, task: str, overrides: tuple[str, ...]) -> dmgen.EBM:
-    """The target of a task, which the methods and seeds of a process share."""
+    """Return the target of a task, which the methods and seeds of a process share."""
     config = config_of(base, (task, "GDC++", 0), list(overrides))
     return fit_target(config, load_model(base, config))
 
 
 def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None) -> dict[str, Any]:
-    """Trains one policy: its metrics, evaluations over training, final scores, and texts.
+    """Train one policy; return its metrics, evaluations during training, final scores, texts.
 
-    `folder` is a run folder for its checkpoints: what was stopped goes on from there, with the
-    target that it had.
+    `folder` is a run folder for its checkpoints: a run that was stopped resumes from there, with
+    its target.
     """
     begun = folder is not None and run_folder.has_checkpoint(folder)
     if folder is not None and begun:
@@ -143,36 +165,39 @@ def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None)
         model.sample(N_PAIRS, prompt=config.prompt, seed=final.seed).texts
         for model in (target.base, policy)
     )
+    history = pd.DataFrame(sampler.history)
+    absent = [None] * len(history)
     return {
         "config": config.to_mapping() | {"base": Path(config.base).name},
         "constraints": target.to_dict()["constraints"],
-        "metrics": {key: [short(row.get(key)) for row in sampler.history] for key in KEPT},
+        "metrics": {key: [short(x) for x in history.get(key, absent)] for key in KEPT},
         "curve": curve,
         "final": scores.to_dict(),
         "texts": [list(pair) for pair in zip(before, after, strict=True)],
-        "training_seconds": round(sampler.seconds, 1),
+        "training_seconds": round(history["seconds"].iloc[-1], 1),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     }
 
 
 def short(x: Any) -> float | None:
-    """Four digits of a number, None where there is none."""
+    """Return a number with four digits, None for None or a number that is not finite."""
     return float(f"{x:.4g}") if x is not None and math.isfinite(x) else None
 
 
 def point(sampler: Any, n_samples: int) -> dict[str, Any]:
-    """One point of the curves: a small evaluation of the policy as it stands, value and error."""
+    """Return one point of the curves: a small evaluation of the current policy."""
     scores = dmgen.evaluate(sampler.policy, sampler.target, n_samples=n_samples, seed=1000)
-    found = {
+    metrics = {
         row["metric"]: [short(row["value"]), short(row["stderr"])]
         for row in scores.to_dict()["rows"]
         if row["model"] in ("policy", "")
     }
-    return {"step": sampler.step, "samples": sampler.n_drawn} | found
+    samples = pd.DataFrame(sampler.history)["samples"].max() if sampler.step else 0
+    return {"step": sampler.step, "samples": int(samples)} | metrics
 
 
 def main() -> None:
-    """Runs what is missing, or lists it."""
+    """Run the missing cells, or list them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -196,7 +221,8 @@ def main() -> None:
             parser.error(f"there is no cell {args.only}; the cells are\n{state(args.base)}")
     else:
         share, n_shares = map(int, args.share.split("/"))
-        chosen = [c for c in cells()[share::n_shares] if not path_of(args.base, c).exists()]
+        finished = done(args.base)
+        chosen = [cell for cell in cells()[share::n_shares] if cell not in finished]
     for cell in tqdm(chosen, unit="cell"):
         started, started_core = time.time(), time.process_time()
         facts = record.facts()  # the commit that it began with
@@ -213,12 +239,12 @@ def main() -> None:
 
 
 def state(base: str) -> str:
-    """A table of methods by tasks: of how many seeds there are results."""
-    rows = []
+    """Return a table of methods by tasks: the number of seeds with results."""
+    rows, finished = [], done(base)
     for task, method in dict.fromkeys(cell[:2] for cell in cells()):
         own = [cell for cell in cells() if cell[:2] == (task, method)]
-        done = sum(path_of(base, cell).exists() for cell in own)
-        rows.append({"task": task, "method": method, "seeds": f"{done}/{len(own)}"})
+        n_done = sum(cell in finished for cell in own)
+        rows.append({"task": task, "method": method, "seeds": f"{n_done}/{len(own)}"})
     table = pd.DataFrame(rows).pivot(index="method", columns="task", values="seeds")
     return str(table.reindex(METHODS).fillna("").to_string())
 

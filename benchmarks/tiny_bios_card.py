@@ -27,7 +27,7 @@ N_SHOWN = 12
 
 
 def install(model: Path, package: Path) -> None:
-    """Copies the model's files; GELU in its fused form, the same function to float precision."""
+    """Copy the model's files; GELU in its fused form, the same function to float precision."""
     package.mkdir(parents=True, exist_ok=True)
     for name in ("model.safetensors", "tokenizer_config.json"):
         shutil.copyfile(model / name, package / name)
@@ -42,7 +42,7 @@ def install(model: Path, package: Path) -> None:
 
 
 def rates(texts: list[str]) -> str:
-    """A Markdown table of base rates with 99 % intervals."""
+    """Return a Markdown table of base rates with 99 % intervals."""
     features = [gender(kind) for kind in ("female", "male", "neither")]
     features += [gender_gdc(kind) for kind in ("female", "male")]
     features += [wordlist(name) for name in LEXICONS]
@@ -58,7 +58,7 @@ def rates(texts: list[str]) -> str:
 
 
 def card(model: Path, package: Path, n_samples: int, seed: int, note: str) -> str:
-    """The model card as Markdown."""
+    """Return the model card as Markdown."""
     record = json.loads((model / "train.json").read_text())
     base = dmgen.CausalLM.from_pretrained(package)
     samples = base.sample(n_samples, seed=seed)
@@ -85,9 +85,9 @@ decay, {record["seconds"] / 60:.0f} minutes on {record["hardware"]} (shared), to
 {log["loss"].iloc[-1]:.3f} nats a token in training, **{record["valid_loss"]:.3f}** on the held-out
 biographies.
 
-**Law.** A text starts after the end-of-text token, at a sentence boundary, and ends with it where a
-paragraph ends ({ended:.1%} of texts do within 40 tokens); a text of 40 tokens has {words:.1f} words
-on average.
+**Distribution.** A text starts after the end-of-text token, at a sentence boundary, and ends with it
+where a paragraph ends ({ended:.1%} of texts do within 40 tokens); a text of 40 tokens has {words:.1f}
+words on average.
 
 **Base rates** on {n_samples:,} texts of at most 40 tokens (seed {seed}):
 
@@ -112,7 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--n-samples", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--note", default="", help="what else is to be said of the training")
+    parser.add_argument("--note", default="", help="a sentence to add about the training")
     args = parser.parse_args()
     install(args.model, args.package)
     text = card(args.model, args.package, args.n_samples, args.seed, args.note)

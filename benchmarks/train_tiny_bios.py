@@ -42,7 +42,7 @@ SENTENCE_END = re.compile(
 
 
 def read_paragraphs(corpus: Path, split: str) -> list[str]:
-    """The paragraphs of one split, headings and fragments (under 60 characters) left out."""
+    """Return the paragraphs of one split without headings and fragments (< 60 characters)."""
     paragraphs = []
     with gzip.open(corpus, "rt", encoding="utf-8") as lines:
         for line in lines:
@@ -69,7 +69,7 @@ def train_tokenizer(paragraphs: list[str], vocab_size: int) -> PreTrainedTokeniz
 
 
 def make_rows(paragraphs: list[str], tokenizer: PreTrainedTokenizerFast, window: int) -> np.ndarray:
-    """All training rows, `(n_rows, window + 1)` int16; -1 marks what lies after a text's end."""
+    """Return all training rows, `(n_rows, window + 1)` int16; -1 after the end of a text."""
     eos = tokenizer.eos_token_id
     starts, texts = [], []
     for paragraph in paragraphs:
@@ -86,7 +86,7 @@ def make_rows(paragraphs: list[str], tokenizer: PreTrainedTokenizerFast, window:
 
 
 def loss_of(model: torch.nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed cross-entropy in nats and the number of predicted tokens."""
+    """Return the summed cross-entropy in nats and the number of predicted tokens."""
     inputs, labels = rows[:, :-1].clamp(min=0), rows[:, 1:]
     logits = model(input_ids=inputs, use_cache=False).logits.float()
     total = torch.nn.functional.cross_entropy(

@@ -1,6 +1,6 @@
-"""Rebuild the tables of benchmarks/README.md from the result files beside it.
+"""Rebuild the tables of benchmarks/README.md from those in `results/`.
 
-    python benchmarks/write_readme.py                     # from benchmarks/results/*.json
+    python benchmarks/write_readme.py                     # raw runs into the tables, then the page
     python benchmarks/write_readme.py --figures           # and the pictures, from the same files
     python benchmarks/write_readme.py --demo runs/demo    # take over a run of `dmgen demo` first
 
@@ -10,7 +10,6 @@ No number in its tables is typed by hand: each stands between two comments, and 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,16 @@ import beyond
 import grid_claims
 import grid_report
 import half_precision
+import lambda_fit
+import pandas as pd
+import record
+import run_grid
 import scaling
 import smollm2_prompts
 import smollm2_report
+import smollm2_runs
+import tables
 import throughput
-from lambda_fit import cpu_name
-from lambda_fit import table as lambda_table
 
 from dmgen import storage
 from dmgen.experiment import versions
@@ -34,25 +37,24 @@ HERE = Path(__file__).parent
 
 
 def take_demo(run: Path) -> None:
-    """Keeps what a finished run of the demo measured in results/demo.json."""
+    """Put the evaluation of a finished run of the demo into results/demo.csv."""
     final = [row for row in storage.read_rows(run / "evaluations.jsonl") if row.get("final")][-1]
     steps = storage.read_rows(run / "metrics.jsonl")
-    result = {
+    facts = {
         "command": "dmgen demo",
         "seeds": {"trainer": 0, "fit": 1, "evaluate": final["seed"]},
-        "hardware": {"cpus": os.cpu_count(), "cpu": cpu_name()},
+        "hardware": {"cpus": os.cpu_count(), "cpu": record.cpu_name()},
         "versions": versions.versions(),
         "n_samples": final["n_samples"],
         "n_steps": len(steps),
         "samples": steps[-1]["samples"],
         "training_seconds": steps[-1]["seconds"],
-        "rows": final["rows"],
     }
-    storage.write_json(HERE / "results" / "demo.json", result)
+    tables.write("demo", pd.DataFrame(final["rows"]), facts, digits=10)
 
 
 def demo_table(result: dict[str, Any]) -> str:
-    """The evaluation of the demo as Markdown."""
+    """Return the evaluation of the demo as Markdown."""
     lines = [
         f"`{result['command']}`, seeds {result['seeds']}, {result['hardware']['cpus']} cores "
         f"({result['hardware']['cpu']}), torch {result['versions']['torch']}: {result['n_steps']} "
@@ -64,55 +66,52 @@ def demo_table(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         value, stderr = (
-            "" if row[key] is None else f"{row[key]:.4f}" for key in ("value", "stderr")
+            "" if pd.isna(row[key]) else f"{row[key]:.4f}" for key in ("value", "stderr")
         )
-        verdict = row.get("verdict") or ""
-        lines.append(f"| {row['metric']} | {row['model'] or ''} | {value} | {stderr} | {verdict} |")
+        model, verdict = ("" if pd.isna(row[key]) else row[key] for key in ("model", "verdict"))
+        lines.append(f"| {row['metric']} | {model} | {value} | {stderr} | {verdict} |")
     return "\n".join(lines)
 
 
 def lambda_fit_table(result: dict[str, Any]) -> str:
-    """The λ-fit benchmark as Markdown."""
+    """Return the λ-fit benchmark as Markdown."""
     hardware = result["hardware"]
     return (
         f"`{result['command']}`, seed {result['seed']}, {hardware['cpus']} cores "
         f"({hardware['cpu']}), threads {result['threads']}, numpy {result['versions']['numpy']}, "
         f"scipy {result['versions']['scipy']}. Time, steps, largest error in standard "
-        f"deviations.\n\n{lambda_table(result['rows'])}"
+        f"deviations.\n\n{lambda_fit.table(lambda_fit.load())}"
     )
 
 
 def read(name: str) -> dict[str, Any]:
-    """A result file."""
-    result: dict[str, Any] = json.loads(
-        (HERE / "results" / f"{name}.json").read_text(encoding="utf-8")
-    )
-    return result
+    """Return the facts of a table and its rows."""
+    return tables.read_facts(name) | {"rows": tables.read(name).to_dict("records")}
 
 
 TABLES = {
     "demo": lambda: demo_table(read("demo")),
-    "lambda_fit": lambda: lambda_fit_table(read("lambda_fit")),
-    "batch_size": lambda: batch_size.table(read("batch_size")),
+    "lambda_fit": lambda: lambda_fit_table(tables.read_facts("lambda_fit")),
+    "batch_size": lambda: batch_size.table(batch_size.load()),
     "beyond_rare": lambda: beyond.table("rare"),
     "beyond_bios": lambda: beyond.table("bios"),
     "grid": grid_claims.table,
     "grid_claims": grid_claims.claims,
     "grid_texts": grid_claims.texts,
-    "scaling": lambda: scaling.table(read("scaling")),
+    "scaling": lambda: scaling.table(scaling.load()),
     "half_precision": lambda: half_precision.table(read("half_precision")),
     "smollm2": smollm2_report.table,
-    "smollm2_cost": lambda: smollm2_report.cost(read("throughput_smollm2")),
+    "smollm2_cost": lambda: smollm2_report.cost(throughput.load("smollm2")),
     "smollm2_outlook": smollm2_report.outlook,
     "smollm2_texts": smollm2_report.texts,
     "smollm2_prompts": lambda: smollm2_prompts.table(read("smollm2_prompts")),
-    "throughput_smollm2": lambda: throughput.table(read("throughput_smollm2")),
-    "throughput_tiny_bios": lambda: throughput.table(read("throughput_tiny_bios")),
+    "throughput_smollm2": lambda: throughput.table(throughput.load("smollm2")),
+    "throughput_tiny_bios": lambda: throughput.table(throughput.load("tiny_bios")),
 }
 
 
 def rebuilt(page: str) -> str:
-    """The page with every table made anew from its result file."""
+    """Return the page with every table made anew from `results/`."""
     for name, make in TABLES.items():
         begin, end = f"<!-- {name} -->\n", f"\n<!-- /{name} -->"
         if page.count(begin) != 1 or page.count(end) != 1:
@@ -123,10 +122,10 @@ def rebuilt(page: str) -> str:
 
 
 def draw_figures() -> None:
-    """Every picture of the page."""
-    batch_size.plot(read("batch_size"), str(HERE / "results" / "batch_size.png"))
+    """Draw every picture of the page."""
+    batch_size.plot(batch_size.load())
     grid_report.main()
-    scaling.plot(read("scaling"), HERE / "results" / "scaling.png")
+    scaling.plot(scaling.load())
     smollm2_report.main()
 
 
@@ -139,9 +138,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.demo is not None:
         take_demo(args.demo)
+    for part in (beyond, run_grid, smollm2_runs):
+        part.collect()
+    page = HERE / "README.md"
     if args.figures:
         draw_figures()
-    page = HERE / "README.md"
     page.write_text(rebuilt(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 

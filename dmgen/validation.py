@@ -64,7 +64,8 @@ def check_number(
     )
     if not math.isfinite(number) or not all(holds for _, _, holds in bounds):
         words = [f"{word} {bound:g}" for bound, word, _ in bounds if bound is not None]
-        raise ValueError(f"{name} must be {' and '.join(['finite', *words])}, got {value!r}")
+        finite = ["finite"] if below is None and most is None else []
+        raise ValueError(f"{name} must be {' and '.join([*words, *finite])}, got {value!r}")
     return number
 
 

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from dmgen.models import CausalLM, Samples, TabularLM
+from dmgen.training.batch import Batch
 
 
 def as_table(world: TabularLM, log_prob: torch.Tensor) -> TabularLM:
@@ -182,3 +183,18 @@ def pass_shapes(lm, call):
     call()
     handle.remove()
     return shapes
+
+
+def batch_of(trainer, samples, log_z=0.0, log_policy=None):
+    """The batch of a trainer's step for these texts, as its objective prepares it."""
+    target = trainer.target
+    batch = Batch(
+        samples.log_prob,
+        samples,
+        dict(target.values(samples)),
+        log_score=target.log_score(samples),
+        log_policy=log_policy,
+        log_z=torch.full((len(samples),), log_z, dtype=torch.float64),
+    )
+    columns = trainer.setup.objective.draw_columns(trainer.state, batch, target)
+    return trainer.setup.objective.prepare(trainer.state, batch.with_(tokens=columns), target)

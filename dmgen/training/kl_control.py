@@ -42,6 +42,7 @@ class PPO(Objective):
     value_coefficient: float = 0.1
 
     name = "kl-control"
+    needs = frozenset({"batch"})
 
     def __post_init__(self) -> None:
         check_number("kl_coefficient", self.kl_coefficient, above=0)
@@ -52,11 +53,6 @@ class PPO(Objective):
         check_number("gae_lambda", self.gae_lambda, least=0, most=1)
         check_number("clip", self.clip, above=0, most=1)
         check_number("value_coefficient", self.value_coefficient, least=0)
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """See `Objective`."""
-        return frozenset({"batch"})
 
     def check(self, config: TrainerConfig) -> None:
         """Refuse what belongs to methods that weigh the texts of another distribution."""
@@ -80,8 +76,8 @@ class PPO(Objective):
 
     def identity(self) -> dict[str, Any]:
         """See `Objective`: β too where it is fixed."""
-        fixed = {} if self.kl_target is not None else {"kl_coefficient": self.kl_coefficient}
-        return super().identity() | fixed
+        beta = "adaptive" if self.kl_target is not None else self.kl_coefficient
+        return super().identity() | {"kl_coefficient": beta}
 
     def init(self, policy: Any, target: EBM) -> dict[str, Tensor]:
         """Return the value head, at 0: a weight for each hidden unit, and a bias; and β.
@@ -121,11 +117,13 @@ class PPO(Objective):
 
     def prepare(self, state: TrainState, batch: Batch, target: EBM) -> Batch:
         """Add the reward, the advantage of each token before whitening, and the returns."""
-        batch, columns = batch.with_(reward=constraint_reward(target, batch)), batch.tokens
-        rewards = token_rewards(batch, float(state.objective["kl_coefficient"]))
+        reward, columns = constraint_reward(target, batch), batch.tokens
+        log_old, log_base, mask = (columns[k] for k in ("log_old", "log_base", "mask"))
+        beta = float(state.objective["kl_coefficient"])
+        rewards = token_rewards(reward, log_old, log_base, mask.bool(), beta)
         advantage = gae(rewards, columns["values"], self.gamma, self.gae_lambda)  # (N, T)
         returns = advantage + columns["values"]
-        return batch.with_(tokens={**columns, "gae": advantage, "returns": returns})
+        return batch.with_(reward=reward, tokens={**columns, "gae": advantage, "returns": returns})
 
     def advantage(self, batch: Batch) -> Tensor:
         """Return the advantage of each token, whitened over all tokens of the batch, `(N, T)`."""
@@ -147,7 +145,9 @@ class PPO(Objective):
             log_prob,
             values,
             advantage.to(log_prob),
-            columns,
+            columns["log_old"],
+            columns["returns"],
+            columns["values"],
             clip=self.clip,
             value_coefficient=self.value_coefficient,
         )

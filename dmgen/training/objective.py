@@ -40,15 +40,11 @@ class Objective:
     proposal_rule: str = "policy"
     per_token: bool = False
     is_weighted: bool = False
-
-    @property
-    def needs_support(self) -> bool:
-        """See `Objective`."""
-        return False
+    needs_support: bool = False
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the advantage of a text depends on: "log_policy", "batch" (the other texts)."""
+        """What A depends on beside log P, log q, Z: "log_policy", "batch" (the other texts)."""
         return frozenset({"log_policy"})
 
     def identity(self) -> dict[str, Any]:

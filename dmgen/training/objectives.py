@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,37 +28,68 @@ __all__ = [
     "REINFORCE",
     "REINFORCE_P",
     "VARGRAD",
-    "FMatching",
     "Matching",
     "VarianceOfLogRatio",
     "advantage",
     "constraint_reward",
+    "fdpg",
 ]
 
 METHODS = ("dpg", "gdc", "gdc++", "fdpg", "reinforce", "vargrad")
 
 
+def importance_weight(batch: Batch) -> Tensor:
+    """Return P/(Zq) of each text, `(N,)`."""
+    # log p first: then the two terms of GDC++ are equal to the last bit where π = p.
+    return torch.exp(_log_target(batch) - batch.log_q)
+
+
 @dataclass(frozen=True)
-class _ScoreFunction(Objective):
-    """An objective with `A = G − κ π/q`: `gain` is G, `kappa` the objective's own κ."""
+class Matching(Objective):
+    """An objective with `A = G − κ π/q`: by default `G = P/(Zq)`, which descends KL(p‖π).
+
+    κ is 0 for DPG and GDC, 1 for GDC++.
+
+    Attributes:
+        name: see `Objective`.
+        kappa: the objective's own κ.
+        proposal_rule: see `Objective`.
+        gain: from a batch to G of each text, `(N,)`.
+        at_target: κ at which A is 0 for every text where π = p; None where there is no target.
+        reads_policy: whether G depends on log π.
+        is_weighted: see `Objective`.
+        needs_support: see `Objective`.
+        divergence: name of the divergence that is descended, if it is a choice.
+        baseline: a choice of κ in place of the objective's own.
+
+    Source: Parshakova et al. 2019; Khalifa et al. 2021; Korbak et al. 2022, eq. 12, Algorithm 1.
+    Differs from the paper: both terms are divided by Z, so the scale of a step does not depend on
+    how rare the constraint is.
+    """
 
     name: str
     kappa: float = 0.0
     proposal_rule: str = "policy"
+    gain: Callable[[Batch], Tensor] = importance_weight
+    at_target: float | None = 1.0
+    reads_policy: bool = False
+    is_weighted: bool = True
+    needs_support: bool = False
+    divergence: str | None = None
     baseline: Baseline | None = None
-
-    @property
-    def at_target(self) -> float | None:
-        """κ at which A is 0 for every text where π = p; None where there is no target."""
-        return 1.0
 
     @property
     def needs(self) -> frozenset[str]:
         """See `Objective`."""
-        names = {"log_policy"} if self._subtracts() else set()
+        names = {"log_policy"} if self.reads_policy or self._subtracts() else set()
         if self.baseline is not None and self.baseline.needs_batch:
             names.add("batch")
         return frozenset(names)
+
+    def identity(self) -> dict[str, Any]:
+        """See `Objective`."""
+        facts = super().identity()
+        return facts if self.divergence is None else facts | {"divergence": self.divergence}
 
     def check(self, config: TrainerConfig) -> None:
         """Refuse a baseline that does not exist for this objective."""
@@ -67,15 +100,8 @@ class _ScoreFunction(Objective):
 
     def with_baseline(self, baseline: str | Baseline | None) -> Objective:
         """See `Objective`."""
-        if baseline is None:
-            return self
-        return replace(
-            self, baseline=BASELINES[baseline] if isinstance(baseline, str) else baseline
-        )
-
-    def gain(self, batch: Batch) -> Tensor:
-        """Return G of each text, `(N,)`."""
-        raise NotImplementedError
+        chosen = BASELINES[baseline] if isinstance(baseline, str) else baseline
+        return self if chosen is None else replace(self, baseline=chosen)
 
     def advantage(self, batch: Batch) -> Tensor:
         """Return `A = G − κ π/q`, float64 `(N,)`; see the table of `objectives.advantage`.
@@ -97,108 +123,67 @@ class _ScoreFunction(Objective):
         return self.kappa != 0 if self.baseline is None else self.baseline.kappa is not None
 
 
-@dataclass(frozen=True)
-class Matching(_ScoreFunction):
-    """Descend KL(p‖π): `A = P/(Zq) − κ π/q`, κ = 0 for DPG and GDC, 1 for GDC++.
+def fdpg(divergence: str | tuple[str, float] | list[Any] | FDivergence) -> Matching:
+    """Return the objective `A = −(π/q)(f'(π/p) − f'(1))`, which descends D(π‖p).
 
-    Source: Parshakova et al. 2019; Khalifa et al. 2021; Korbak et al. 2022, eq. 12, Algorithm 1.
-    Differs from the paper: both terms are divided by Z, so the scale of a step does not depend on
-    how rare the constraint is.
-    """
+    Args:
+        divergence: a name or ("alpha", a), as in `f_divergence`, or an `FDivergence`.
 
-    is_weighted = True
-
-    def gain(self, batch: Batch) -> Tensor:
-        """Return P/(Zq)."""
-        # log p first: then the two terms of GDC++ are equal to the last bit where π = p.
-        return torch.exp(_log_target(batch) - batch.log_q)
-
-
-@dataclass(frozen=True)
-class FMatching(_ScoreFunction):
-    """Descend any f-divergence D(π‖p): `A = −(π/q)(f'(π/p) − f'(1))`.
+    Raises:
+        ValueError: an unknown name.
 
     Source: Go et al. 2023, Theorem 1.
     """
+    if not isinstance(divergence, FDivergence):
+        # YAML has no tuples.
+        name = tuple(divergence) if isinstance(divergence, list) else divergence
+        divergence = f_divergence(name)
+    objective = Matching("fdpg", reads_policy=True, divergence=divergence.name)
+    if divergence.name in ("kl", "alpha=1"):  # p/π cannot overflow here while π/q is small
+        return replace(objective, kappa=1.0)
+    at_target = -divergence.f_prime_at_one
+    return replace(
+        objective,
+        kappa=at_target,
+        at_target=at_target,
+        gain=partial(_f_gain, divergence),
+        needs_support=math.isinf(divergence.f_prime_at_infinity),
+    )
 
-    name: str = "fdpg"
-    divergence: FDivergence = field(default_factory=lambda: f_divergence("js"))
 
-    is_weighted = True
+def _f_gain(f: FDivergence, batch: Batch) -> Tensor:
+    """Return −(π/q) f'(π/p), `(N,)`."""
+    log_target = _log_target(batch)
+    outside = log_target == -math.inf
+    if math.isinf(f.f_prime_at_infinity) and bool(outside.any()):
+        raise ValueError(
+            f"divergence {f.name!r} is infinite where P = 0, as for {int(outside.sum())} of "
+            f'{len(outside)} texts: take "js", "tv" or "kl", or moments instead of hard '
+            "constraints"
+        )
+    return _ratio(batch) * f.pseudo_reward(batch.column("log_policy").double() - log_target)
 
-    @property
-    def needs(self) -> frozenset[str]:
-        """See `Objective`."""
-        return super().needs | {"log_policy"}
 
-    @property
-    def needs_support(self) -> bool:
-        """See `Objective`."""
-        return math.isinf(self.divergence.f_prime_at_infinity)
-
-    @property
-    def at_target(self) -> float:
-        """See `_ScoreFunction`."""
-        return self.kappa
-
-    def identity(self) -> dict[str, Any]:
-        """See `Objective`."""
-        return super().identity() | {"divergence": self.divergence.name}
-
-    @property
-    def _is_kl(self) -> bool:
-        return self.divergence.name in ("kl", "alpha=1")
-
-    def gain(self, batch: Batch) -> Tensor:
-        """Return −(π/q) f'(π/p).
-
-        Raises:
-            ValueError: the divergence is infinite where P = 0, for texts with P = 0.
-        """
-        log_target, f = _log_target(batch), self.divergence
-        if self._is_kl:  # p/π cannot overflow here while π/q is small
-            return torch.exp(log_target - batch.log_q)
-        outside = log_target == -math.inf
-        if math.isinf(f.f_prime_at_infinity) and bool(outside.any()):
-            raise ValueError(
-                f"divergence {f.name!r} is infinite where P = 0, as for {int(outside.sum())} of "
-                f'{len(outside)} texts: take "js", "tv" or "kl", or moments instead of hard '
-                "constraints"
-            )
-        log_policy = batch.column("log_policy").double()
-        return _ratio(batch) * f.pseudo_reward(log_policy - log_target)
+def _reward_gain(batch: Batch) -> Tensor:
+    """Return (π/q) · reward, `(N,)`."""
+    return _ratio(batch) * batch.column("reward")
 
 
 @dataclass(frozen=True)
-class _RewardMaximising(_ScoreFunction):
-    """Maximise a reward: `A = (π/q) · reward`."""
+class ConstraintReward(Matching):
+    """Maximise b(x) + λ·φ(x), on-policy: `A = (π/q) · reward`. Williams 1992."""
 
-    @property
-    def at_target(self) -> None:
-        """See `_ScoreFunction`."""
-        return None
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """See `Objective`."""
-        return super().needs | {"log_policy"}
-
-    def gain(self, batch: Batch) -> Tensor:
-        """Return (π/q) · reward."""
-        return _ratio(batch) * batch.column("reward")
-
-
-@dataclass(frozen=True)
-class ConstraintReward(_RewardMaximising):
-    """Maximise b(x) + λ·φ(x), on-policy, whatever the language loses. Williams 1992."""
+    gain: Callable[[Batch], Tensor] = _reward_gain
+    at_target: float | None = None
+    reads_policy: bool = True
+    is_weighted: bool = False
 
     def prepare(self, state: TrainState, batch: Batch, target: EBM) -> Batch:
         """Add the reward."""
         return batch.with_(reward=constraint_reward(target, batch))
 
 
-@dataclass(frozen=True)
-class ScoreReward(_RewardMaximising):
+class ScoreReward(ConstraintReward):
     """Maximise P(x) in units of the largest P(x) met so far. Korbak et al. 2022."""
 
     def init(self, policy: Any, target: EBM) -> dict[str, Tensor]:
@@ -221,16 +206,8 @@ class VarianceOfLogRatio(Objective):
     """
 
     name = "vargrad"
-
-    @property
-    def needs_support(self) -> bool:
-        """See `Objective`."""
-        return True
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """See `Objective`."""
-        return frozenset({"log_policy", "batch"})
+    needs_support = True
+    needs = frozenset({"log_policy", "batch"})
 
     def check(self, config: TrainerConfig) -> None:
         """Refuse every baseline but "none"."""
@@ -348,20 +325,6 @@ def _named(method: str, divergence: str | tuple[str, float] | None) -> Objective
         return fdpg(divergence)
     fixed = {o.name: o for o in (DPG, GDC, GDCPP, REINFORCE, VARGRAD)}
     return fixed[method]
-
-
-def fdpg(divergence: str | tuple[str, float] | list[Any] | FDivergence) -> FMatching:
-    """Return the objective of f-DPG for a divergence by name, or an `FDivergence` of one's own.
-
-    Raises:
-        ValueError: an unknown name.
-    """
-    if not isinstance(divergence, FDivergence):
-        # YAML has no tuples.
-        name = tuple(divergence) if isinstance(divergence, list) else divergence
-        divergence = f_divergence(name)
-    at_one = 1.0 if divergence.name in ("kl", "alpha=1") else -divergence.f_prime_at_one
-    return FMatching(kappa=at_one, divergence=divergence)
 
 
 def _log_target(batch: Batch) -> Tensor:

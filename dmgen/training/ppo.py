@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
-
-from dmgen.training.batch import Batch
 
 # The adaptive coefficient follows the KL's relative error up to this size, and whitening divides
 # by a variance that is at least so large.
 _MOST_ERROR, _LEAST_VARIANCE = 0.2, 1e-8
 
 
-def token_rewards(batch: Batch, kl_coefficient: float) -> Tensor:
+def token_rewards(
+    reward: Tensor, log_old: Tensor, log_base: Tensor, mask: Tensor, kl_coefficient: float
+) -> Tensor:
     """Return `−β (log π_old(x_t) − log a(x_t))`, and the text's reward on its last token.
 
     Args:
-        batch: with `reward (N,)` and the token columns `log_old`, `log_base` (nats) and `mask`.
+        reward: of each text, `(N,)`.
+        log_old, log_base: of each token, `(N, T)`, nats.
+        mask: bool `(N, T)`.
         kl_coefficient: β.
 
     Returns:
@@ -26,9 +26,8 @@ def token_rewards(batch: Batch, kl_coefficient: float) -> Tensor:
 
     Source: Ziegler et al. 2019, section 2.
     """
-    columns, mask = batch.tokens, batch.tokens["mask"].bool()
-    rewards = torch.where(mask, kl_coefficient * (columns["log_base"] - columns["log_old"]), 0.0)
-    rewards[torch.arange(len(mask)), mask.sum(-1) - 1] += batch.column("reward")
+    rewards = torch.where(mask, kl_coefficient * (log_base - log_old), 0.0)
+    rewards[torch.arange(len(mask)), mask.sum(-1) - 1] += reward
     return rewards
 
 
@@ -63,7 +62,9 @@ def ppo_loss(
     log_pi: Tensor,
     values: Tensor,
     advantage: Tensor,
-    drawn: Mapping[str, Tensor],
+    log_old: Tensor,
+    returns: Tensor,
+    old_values: Tensor,
     *,
     clip: float,
     value_coefficient: float,
@@ -75,15 +76,15 @@ def ppo_loss(
     Args:
         log_pi, values: log π and V of each token now, `(N, T)`.
         advantage: Â.
-        drawn: log π and V when the texts were drawn, "log_old" and "values", and "returns", G.
+        log_old, old_values: log π and V when the texts were drawn.
+        returns: G.
         clip: c.
         value_coefficient: v.
 
     Source: Schulman et al. 2017, eq. 7, turned to a loss, with the value loss of Ziegler et al.
     2019.
     """
-    old_values, returns = drawn["values"], drawn["returns"]
-    ratio = torch.exp(log_pi - drawn["log_old"])
+    ratio = torch.exp(log_pi - log_old)
     of_policy = torch.maximum(-advantage * ratio, -advantage * ratio.clamp(1 - clip, 1 + clip))
     near = old_values + (values - old_values).clamp(-clip, clip)
     of_value = torch.maximum((values - returns).square(), (near - returns).square())

@@ -35,6 +35,27 @@ class Setup:
     proposal_rule: str
     processes: Processes
 
+    @classmethod
+    def of(
+        cls, policy: Any, target: EBM, config: TrainerConfig, objective: Objective, proposal: Any
+    ) -> Setup:
+        """Return the setup of a run; a proposal of None is the objective's own choice.
+
+        Raises:
+            ValueError: a setting does not go with the objective, the proposal or the number of
+                processes.
+        """
+        objective.check(config)
+        rule = config.proposal_rule or objective.proposal_rule
+        first = policy if rule == "policy" else target.base
+        if proposal is not None:
+            _check_proposal(proposal, rule, config)
+            first = proposal
+        processes = Processes.here(next(iter(policy.parameters())).device)
+        processes.rows(config.batch_size)  # refuses a batch that cannot be divided
+        chosen = objective.with_baseline(config.baseline)
+        return cls(target, chosen, config, first, rule, processes)
+
     @property
     def rows(self) -> range:
         """The rows of a batch that this process draws."""
@@ -47,3 +68,16 @@ class Setup:
     def is_due(self, state: TrainState, every: int | None) -> bool:
         """Return whether something that is done at every so many steps is due now."""
         return every is not None and state.step % every == 0
+
+
+def _check_proposal(proposal: Any, rule: str, config: TrainerConfig) -> None:
+    """Refuse a proposal that is not drawn from, or cannot do what the settings need."""
+    if rule == "policy":
+        raise ValueError('proposal_rule "policy" draws from the policy: give no proposal')
+    if not hasattr(proposal, "sample"):
+        raise TypeError(f"proposal must have sample(), got {type(proposal).__name__}")
+    if config.base_share and not hasattr(proposal, "log_prob"):
+        raise ValueError(
+            f"base_share mixes the base with the proposal, which must then score the base's texts; "
+            f"{type(proposal).__name__} has no log_prob: leave base_share out"
+        )

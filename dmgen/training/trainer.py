@@ -12,14 +12,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dmgen.estimates.running_z import RunningZ as RunningZ
+from dmgen.estimates.running_z import RunningZ
 from dmgen.evaluation.evaluate import evaluate
 from dmgen.models.random_draws import stream
 from dmgen.target.ebm import EBM
 from dmgen.training import checkpoint, run_folder
 from dmgen.training.averaging import hide_average, show_average, shown_average
 from dmgen.training.config import TrainerConfig
-from dmgen.training.distributed import Processes
 from dmgen.training.objective import Objective
 from dmgen.training.rollout import Rollout, Source
 from dmgen.training.setup import Setup
@@ -65,24 +64,10 @@ class Trainer:
         source: Source | None = None,
     ) -> None:
         config = config or TrainerConfig()
-        objective.check(config)
         trainable = [p for p in policy.parameters() if p.requires_grad]
         if not trainable or policy is target.base:
             raise ValueError("the policy has no trainable weights: use policy = base.copy()")
-        rule = config.proposal_rule or objective.proposal_rule
-        first: Any = policy if rule == "policy" else target.base
-        if proposal is not None:
-            _check_proposal(proposal, rule, config)
-            first = proposal
-        self.setup = Setup(
-            target,
-            objective.with_baseline(config.baseline),
-            config,
-            first,
-            rule,
-            Processes.here(trainable[0].device),
-        )
-        self.setup.processes.rows(config.batch_size)
+        self.setup = Setup.of(policy, target, config, objective, proposal)
         own = objective.init(policy, target)
         trained = [x for x in own.values() if isinstance(x, torch.nn.Parameter)]
         auto = config.learning_rate == "auto"
@@ -229,19 +214,6 @@ class Trainer:
             run_folder.append_evaluation(folder, state.step, evaluation)
         if setup.is_due(state, self.config.checkpoint_every):
             checkpoint.save(state, setup, folder)
-
-
-def _check_proposal(proposal: Any, rule: str, config: TrainerConfig) -> None:
-    """Refuse a proposal that is not drawn from, or cannot do what the settings need."""
-    if rule == "policy":
-        raise ValueError('proposal_rule "policy" draws from the policy: give no proposal')
-    if not hasattr(proposal, "sample"):
-        raise TypeError(f"proposal must have sample(), got {type(proposal).__name__}")
-    if config.base_share and not hasattr(proposal, "log_prob"):
-        raise ValueError(
-            f"base_share mixes the base with the proposal, which must then score the base's texts; "
-            f"{type(proposal).__name__} has no log_prob: leave base_share out"
-        )
 
 
 def _fitted(target: EBM) -> Tensor:

@@ -61,7 +61,7 @@ def test_a_resumed_policy_is_what_train_left(base, target, tmp_path):
     second.resume(tmp_path)
     assert torch.equal(first.policy.logits, second.policy.logits)
     # It is the average, not the last weights.
-    assert not torch.equal(second.policy.logits, second.average.weights["logits"])
+    assert not torch.equal(second.policy.logits, second.state.average["logits"])
 
 
 def test_the_size_of_a_micro_batch_is_that_of_the_run(base, target, tmp_path, monkeypatch):
@@ -72,10 +72,10 @@ def test_the_size_of_a_micro_batch_is_that_of_the_run(base, target, tmp_path, mo
     second = dmgen.GDCpp(base.copy(), target, config())
     second.resume(tmp_path)
     second.train(1)
-    assert first.micro_batch_size == second.micro_batch_size < 32
+    assert first.state.micro_batch_size == second.state.micro_batch_size < 32
     told = dmgen.GDCpp(base.copy(), target, config(micro_batch_size=7))
     told.resume(tmp_path)
-    assert told.micro_batch_size == 7
+    assert told.state.micro_batch_size == 7
 
 
 def test_a_proposal_of_the_caller_is_found_again(base, target, tmp_path):
@@ -86,7 +86,7 @@ def test_a_proposal_of_the_caller_is_found_again(base, target, tmp_path):
     second.resume(tmp_path)
     assert second.proposal is given
     without = dmgen.GDC(base.copy(), target, config(proposal_rule="never"))
-    with pytest.raises(ValueError, match="had proposal= and this sampler has not"):
+    with pytest.raises(ValueError, match="had proposal= and this trainer has not"):
         without.resume(tmp_path)
     first.train(2)
     second.train(2)
@@ -104,7 +104,7 @@ def test_a_resumed_run_does_not_hold_its_checkpoint_in_memory(base, target, tmp_
     settings = config(average_decay=0.9, proposal_rule="kl")
     first = dmgen.GDC(base.copy(), target, settings)
     first.train(8, out=tmp_path)
-    assert first.proposal is not first.first_proposal  # the file has all that there can be
+    assert first.proposal is not first.setup.first_proposal  # the file has all that there can be
     sampler = dmgen.GDC(base.copy(), target, settings)
     sampler.resume(tmp_path)
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()

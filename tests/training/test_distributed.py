@@ -13,7 +13,7 @@ from dmgen.models import TabularLM
 from dmgen.models.samples import Samples
 from dmgen.training import distributed
 from dmgen.training.distributed import Processes
-from dmgen.training.proposal import draw_rows
+from dmgen.training.rollout import draw_rows
 
 SCRIPT = textwrap.dedent(
     """
@@ -40,12 +40,12 @@ SCRIPT = textwrap.dedent(
         sampler = method(base.copy(), target, config)
         history = sampler.train(12, out=out / name)
         found[name] = {
-            "rank": sampler.processes.rank,
-            "count": sampler.processes.count,
+            "rank": sampler.setup.processes.rank,
+            "count": sampler.setup.processes.count,
             "logits": sampler.policy.logits.flatten().tolist(),
             "history": history.drop(columns="seconds").to_dict("list"),
         }
-    rank = sampler.processes.rank
+    rank = sampler.setup.processes.rank
     (out / f"rank-{rank}.json").write_text(json.dumps(found))
     # One of them fitted to a pointwise constraint, the other not fitted.
     different = dmgen.EBM(base, [dmgen.Pointwise(has_ab)])

@@ -6,16 +6,17 @@ import warnings
 import pytest
 
 from dmgen.training.health import Health
+from dmgen.training.health import watch as watch_row
 
 GOOD = {"step": 1, "samples": 100, "log_z": 0.0, "ess": 50.0, "log_z_drift": math.nan}
 
 
 def watch(rows, **options):
-    health = Health(100, **options)
+    health = Health()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for row in rows:
-            health.watch(GOOD | row)
+            health = watch_row(health, GOOD | row, batch_size=100, **options)
     return [str(w.message) for w in caught]
 
 
@@ -37,13 +38,13 @@ def test_a_contradiction_of_z_is_told_at_once():
 
 
 def test_a_method_without_importance_weights_has_none_to_collapse():
-    assert watch([{"ess": 1.2}] * 30, weighted=False) == []
-    assert len(watch([{"log_z": -math.inf, "ess": 0.0}] * 30, weighted=False)) == 1
+    assert watch([{"ess": 1.2}] * 30, is_weighted=False) == []
+    assert len(watch([{"log_z": -math.inf, "ess": 0.0}] * 30, is_weighted=False)) == 1
 
 
 def test_large_batches_collapse_by_their_share():
-    health = Health(1000)
+    health = Health()
     for _ in range(9):
-        health.watch(GOOD | {"ess": 9.0})
+        health = watch_row(health, GOOD | {"ess": 9.0}, batch_size=1000)
     with pytest.warns(RuntimeWarning, match="under 10 of 1000 texts"):
-        health.watch(GOOD | {"ess": 9.0})
+        watch_row(health, GOOD | {"ess": 9.0}, batch_size=1000)

@@ -8,10 +8,11 @@ import pandas as pd
 import pytest
 import torch
 from launching import launch
-from worlds import as_table
+from worlds import as_table, batch_of
 
 import dmgen
-from dmgen.training.kl_control import KLControl
+from dmgen.training.gradient import backward as backward_of
+from dmgen.training.methods import KLControl
 from dmgen.training.ppo import gae, token_rewards, whiten
 
 
@@ -116,21 +117,18 @@ def backward(sampler, samples, moved=None):
 
     With `moved`, the policy has these logits by now, and was itself when the texts were drawn.
     """
-    values = sampler.target.values(samples)
-    log_score = sampler.target.log_score(samples)
-    sampler._rollout = sampler._roll_out(samples)
+    batch = batch_of(sampler, samples, log_policy=samples.log_prob)
     if moved is not None:
         sampler.policy.load_state_dict({"logits": moved})
-    reward = sampler.reward(values, log_score)
-    sampler._backward(samples, samples.log_prob, log_score, samples.log_prob, reward, 0.0)
-    return [p.grad.clone() for p in sampler.parameters]
+    backward_of(sampler.state, batch, sampler.setup)
+    return [p.grad.clone() for p in sampler.state.parameters]
 
 
 def with_values(sampler, seed=4):
     """The sampler with a value head that is not 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        head = sampler.value_head
+        head = sampler.state.objective["value_head"]
         head.copy_(torch.randn(head.shape, generator=generator, dtype=head.dtype))
     return sampler
 
@@ -143,7 +141,7 @@ def test_the_first_pass_is_the_advantage_gradient(base, target):
 
     log_pi = policy.token_log_prob(samples, grad=True)
     rows = base._prefix_rows(samples.tokens)
-    head = sampler.value_head.detach()
+    head = sampler.state.objective["value_head"].detach()
     values = torch.where(samples.mask, head[rows] + head[-1], 0.0)
     reward = torch.tensor([float("ab" in text) for text in samples.texts]).double()
     log_base = base.token_log_prob(samples)
@@ -167,17 +165,21 @@ def test_later_passes_are_corrected_for_the_policy_that_has_moved(base, target):
     found, _ = backward(sampler, samples, moved=moved)
 
     policy = table(base, moved)
-    log_pi, own = policy.token_log_prob(samples, grad=True), sampler._rollout
-    torch.testing.assert_close(own.log_old, base.token_log_prob(samples), rtol=0, atol=0)
+    log_pi = policy.token_log_prob(samples, grad=True)
+    with_columns = table(base)
+    own = batch_of(
+        with_values(KLControl(with_columns, target, config(batch_size=64))), samples
+    ).tokens
+    torch.testing.assert_close(own["log_old"], base.token_log_prob(samples), rtol=0, atol=0)
     reward = torch.tensor([float("ab" in text) for text in samples.texts]).double()
-    rewards = token_rewards(reward, own.log_old, own.log_base, own.mask, 0.2)
-    white = whiten(gae(rewards, own.values, 1.0, 0.95), own.mask)
-    ratio = (log_pi - own.log_old).exp()
+    rewards = token_rewards(reward, own["log_old"], own["log_base"], own["mask"].bool(), 0.2)
+    white = whiten(gae(rewards, own["values"], 1.0, 0.95), own["mask"].bool())
+    ratio = (log_pi - own["log_old"]).exp()
     # The gradient of the clipped objective: none where the clip is in force.
     stopped = ((ratio > 1.2) & (white > 0)) | ((ratio < 0.8) & (white < 0))
-    assert 0 < stopped.sum() < own.mask.sum()
+    assert 0 < stopped.sum() < own["mask"].bool().sum()
     weights = torch.where(stopped, 0.0, white * ratio.detach())
-    loss = -(weights * log_pi).sum() / own.mask.sum()
+    loss = -(weights * log_pi).sum() / own["mask"].bool().sum()
     torch.testing.assert_close(
         found, torch.autograd.grad(loss, policy.logits)[0], rtol=1e-10, atol=1e-14
     )
@@ -235,7 +237,7 @@ def test_what_is_maximised_is_the_divergence_from_its_own_target(kind, beta, bas
     target, reward_of = targets(base)[kind]
     every = base.enumerate()
     sampler = KLControl(table(base), target, config(), kl_coefficient=beta, kl_target=None)
-    reward = sampler.reward(target.values(every), target.log_score(every))
+    reward = batch_of(sampler, every).reward
     expected = torch.tensor([reward_of(text) for text in every.texts], dtype=torch.float64)
     torch.testing.assert_close(reward, expected)
     own = sampler.own_target()
@@ -334,7 +336,7 @@ def test_a_dear_kl_keeps_the_policy_nearer_to_the_base(base, target):
 def test_the_row_of_the_first_step(base, target):
     """π = a and V = 0: the first token's advantage is λ^(n−1) b(x) for a text of n tokens."""
     row = KLControl(table(base), target, config()).train(1).iloc[0]
-    samples = base.sample(256, generator=KLControl(table(base), target, config()).generator)
+    samples = base.sample(256, generator=KLControl(table(base), target, config()).state.generator)
     b = torch.tensor([float("ab" in text) for text in samples.texts]).double()
     expected = b * 0.95 ** (samples.n_tokens - 1)
     assert row["advantage_mean"] == pytest.approx(float(expected.mean()))
@@ -364,11 +366,14 @@ def test_resumed_equals_uninterrupted(settings, options, base, target, tmp_path)
     found = second.train(8, out=tmp_path / "parts")
     pd.testing.assert_frame_equal(expected.drop(columns="seconds"), found.drop(columns="seconds"))
     assert torch.equal(whole.policy.logits, second.policy.logits)
-    assert torch.equal(whole.value_head, second.value_head)
-    assert whole.value_head.abs().max() > 0
+    assert torch.equal(whole.state.objective["value_head"], second.state.objective["value_head"])
+    assert whole.state.objective["value_head"].abs().max() > 0
     assert whole.kl_coefficient == second.kl_coefficient
     assert (whole.kl_coefficient == 0.2) == ("kl_target" in options)
-    of_head = [sampler.optimizer.state[sampler.value_head] for sampler in (whole, second)]
+    of_head = [
+        sampler.state.optimizer.state[sampler.state.objective["value_head"]]
+        for sampler in (whole, second)
+    ]
     assert of_head[0].keys() == of_head[1].keys() != set()
     for name, state in of_head[0].items():
         assert torch.equal(state, of_head[1][name])
@@ -377,7 +382,7 @@ def test_resumed_equals_uninterrupted(settings, options, base, target, tmp_path)
 def test_resume_refuses_a_coefficient_of_another_kind(base, target, tmp_path):
     KLControl(table(base), target, config(), kl_target=None).train(1, out=tmp_path)
     policy = table(base)
-    with pytest.raises(ValueError, match=r"holds \['value_head'\] of the method's own"):
+    with pytest.raises(ValueError, match=r"another kl_coefficient: 0\.2, not adaptive"):
         KLControl(policy, target, config()).resume(tmp_path)
     assert torch.equal(policy.logits, base.logits)
 
@@ -411,7 +416,10 @@ def test_a_text_that_the_base_cannot_say_is_named(base, has_ab):
     logits[0, 0] = -math.inf
     narrow = dmgen.TabularLM(base.vocab, logits, base.max_new_tokens, eos=base.eos)
     sampler = KLControl(table(base), dmgen.EBM(narrow, [dmgen.Pointwise(has_ab)]), config())
-    with pytest.raises(FloatingPointError, match=r"\('a.*cannot say, so KL\(π‖a\) is infinite"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"\('a.*to which the base assigns probability 0, so KL\(π‖a\) is infinite",
+    ):
         sampler.train(1)
 
 
@@ -436,12 +444,17 @@ def test_the_value_loss_trains_the_shared_trunk(gpt2_lm):
             policy, target, config(batch_size=32), value_coefficient=coefficient, gae_lambda=1.0
         )
         backward(with_values(sampler), samples)
-        grads[coefficient] = torch.cat([p.grad.flatten() for p in sampler.parameters])
+        grads[coefficient] = torch.cat([p.grad.flatten() for p in sampler.state.parameters])
     # With λ = 1, G is what is still to come: the text's reward, since π = a.
     reward = target.values(samples)["ab"]
     policy.model.zero_grad()
-    values = policy.hidden_states(samples, grad=True) @ sampler.value_head.detach()[:-1]
-    error = (values + sampler.value_head.detach()[-1] - reward[:, None])[samples.mask]
+    values = (
+        policy.hidden_states(samples, grad=True)
+        @ sampler.state.objective["value_head"].detach()[:-1]
+    )
+    error = (values + sampler.state.objective["value_head"].detach()[-1] - reward[:, None])[
+        samples.mask
+    ]
     (0.25 * error.square().mean()).backward()
     expected = torch.cat(
         [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in policy.parameters()]
@@ -462,7 +475,7 @@ def test_micro_batches_of_a_transformer_change_nothing(gpt2_lm):
         settings = config(batch_size=10, micro_batch_size=size)
         sampler = with_values(KLControl(gpt2_lm.copy(), target, settings))
         backward(sampler, samples)
-        by_size.append(torch.cat([p.grad.flatten() for p in sampler.parameters]))
+        by_size.append(torch.cat([p.grad.flatten() for p in sampler.state.parameters]))
     torch.testing.assert_close(*by_size, rtol=1e-3, atol=1e-5)
 
 
@@ -480,7 +493,7 @@ def test_a_transformer_is_trained_and_resumed(gpt2_lm, tmp_path):
     make().train(9, out=tmp_path)
     second.resume(tmp_path)
     second.train(11, out=tmp_path)
-    for one, other in zip(whole.parameters, second.parameters, strict=True):
+    for one, other in zip(whole.state.parameters, second.state.parameters, strict=True):
         assert torch.equal(one, other)
 
 
@@ -494,14 +507,14 @@ def test_a_transformer_is_trained_and_resumed(gpt2_lm, tmp_path):
         ({"beta": 0.1}, TypeError, "beta"),
         ({"kl_coefficient": "0.2"}, TypeError, "kl_coefficient must be a number, got '0.2'"),
         ({"clip": True}, TypeError, "clip must be a number"),
-        ({"kl_coefficient": 0.0}, ValueError, "kl_coefficient must be positive"),
-        ({"kl_target": 0}, ValueError, "kl_target must be positive"),
+        ({"kl_coefficient": 0.0}, ValueError, "kl_coefficient must be above 0 and finite"),
+        ({"kl_target": 0}, ValueError, "kl_target must be above 0 and finite"),
         ({"kl_target": math.nan}, ValueError, "kl_target"),
-        ({"horizon": 255}, ValueError, "horizon must be at least 256"),
-        ({"horizon": math.inf}, ValueError, "horizon must be at least 256 and finite"),
+        ({"horizon": 255}, ValueError, "horizon must be at least 256 and finite"),
+        ({"horizon": math.inf}, ValueError, "horizon must be above 0 and finite"),
         ({"gamma": 1.1}, ValueError, "gamma must be at least 0 and at most 1"),
         ({"gae_lambda": -0.1}, ValueError, "gae_lambda must be at least 0 and at most 1"),
-        ({"clip": 0}, ValueError, "clip must be positive and at most 1"),
+        ({"clip": 0}, ValueError, "clip must be above 0 and at most 1"),
         ({"value_coefficient": -1}, ValueError, "value_coefficient must be at least 0"),
     ],
     ids=str,
@@ -540,7 +553,7 @@ def test_other_bad_arguments(base, target):
         KLControl(base, target, config())
 
     class Blind:
-        parameters = base.parameters
+        parameters = base.copy().parameters
 
     with pytest.raises(TypeError, match="a Blind has none"):
         KLControl(Blind(), target, config())
@@ -551,7 +564,7 @@ def test_other_bad_arguments(base, target):
 SCRIPT = textwrap.dedent(
     """
     import json, pathlib, sys, torch, dmgen
-    from dmgen.training.kl_control import KLControl
+    from dmgen.training.methods import KLControl
     torch.set_num_threads(1)
     base = dmgen.TabularLM.random("abc.", 4, eos=".", seed=1)
     has_ab = dmgen.feature(lambda text: "ab" in text, name="ab")
@@ -561,12 +574,12 @@ SCRIPT = textwrap.dedent(
     history = sampler.train(12).drop(columns="seconds")
     numbers = {
         "logits": sampler.policy.logits.flatten().tolist(),
-        "value_head": sampler.value_head.tolist(),
+        "value_head": sampler.state.objective["value_head"].tolist(),
         "kl_coefficient after": [sampler.kl_coefficient],
     } | history.drop(columns="proposal_updated").to_dict("list")
-    found = {"count": sampler.processes.count, "numbers": numbers}
+    found = {"count": sampler.setup.processes.count, "numbers": numbers}
     out = pathlib.Path(sys.argv[1])
-    (out / f"rank-{sampler.processes.rank}.json").write_text(json.dumps(found))
+    (out / f"rank-{sampler.setup.processes.rank}.json").write_text(json.dumps(found))
     """
 )
 

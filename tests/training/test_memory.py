@@ -84,12 +84,12 @@ def test_a_trainer_takes_it_once_unless_told(monkeypatch, world):
     target = dmgen.EBM(world, [dmgen.Moment(dmgen.features.word("a"), 0.5)], [1.0])
     asked = []
     monkeypatch.setattr(
-        "dmgen.training.trainer.micro_batch", lambda policy, samples: asked.append(1) or 5
+        "dmgen.training.state.micro_batch", lambda policy, samples: asked.append(1) or 5
     )
     sampler = dmgen.GDCpp(world.copy(), target, dmgen.TrainerConfig(batch_size=12))
     sampler.train(3)
     assert len(asked) == 1
-    assert sampler.micro_batch_size == 5
+    assert sampler.state.micro_batch_size == 5
     told = dmgen.GDCpp(world.copy(), target, dmgen.TrainerConfig(batch_size=12, micro_batch_size=3))
     told.train(1)
     assert len(asked) == 1

@@ -1,12 +1,16 @@
 """What texts are drawn from: mixtures with the base, and a proposal of the caller's."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
 import dmgen
-from dmgen.training.proposal import copy_in_one_block, is_closer
+from dmgen.training.distributed import Processes
+from dmgen.training.proposal import is_closer
+from dmgen.training.rollout import Rollout
+from dmgen.training.state import copy_in_one_block
 
 
 @pytest.mark.parametrize("rule", ["policy", "kl"])
@@ -17,9 +21,15 @@ def test_a_share_of_the_batch_is_of_the_mixture(base, target, rule, rows):
     policy = dmgen.TabularLM.random("abc.", 4, eos=".", seed=5).copy()
     sampler = dmgen.GDCpp(policy, target, settings)
     if rule == "kl":
-        sampler.proposal = dmgen.TabularLM.random("abc.", 4, eos=".", seed=6)
-    sampler.rows = rows
-    samples, log_base, log_policy = sampler._draw()
+        sampler.state.proposal = dmgen.TabularLM.random("abc.", 4, eos=".", seed=6)
+
+    class Rows(Processes):
+        def rows(self, n):
+            return rows
+
+    setup = dataclasses.replace(sampler.setup, processes=Rows())
+    batch = Rollout(setup).draw(sampler.state)
+    samples, log_base, log_policy = batch.texts, batch.log_base, batch.log_policy
     q = sampler.proposal.log_prob(samples)
     mixture = torch.log(0.5 * base.log_prob(samples).exp() + 0.5 * q.exp())
     torch.testing.assert_close(samples.log_prob, mixture)

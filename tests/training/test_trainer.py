@@ -7,11 +7,14 @@ import math
 import pandas as pd
 import pytest
 import torch
-from worlds import as_table, tiny_gpt2
+from worlds import as_table, batch_of, tiny_gpt2
 
 import dmgen
 from dmgen import storage
-from dmgen.training import checkpoint
+from dmgen.estimates.running_z import RunningZ
+from dmgen.training import checkpoint, objectives
+from dmgen.training.batch import Batch
+from dmgen.training.gradient import backward, update
 from dmgen.training.objectives import advantage
 from dmgen.training.trainer import Trainer
 
@@ -60,29 +63,25 @@ def test_gdcpp_has_no_noise_left_at_the_target(base, target):
     sampler = dmgen.GDCpp(policy, target, config(proposal_rule="policy", warmup_steps=0))
     # Z must be exact for this, and the pool that the fit left behind is not.
     z = float(log_score.logsumexp(0))
-    sampler.z = type(sampler.z).from_score(dmgen.Score(z, 0.0, 10**9))
+    sampler.state.z = RunningZ.from_score(dmgen.Score(z, 0.0, 10**9))
     row = sampler.train(1).iloc[0]
     # What is left is rounding, in sums of four float64 logs.
     assert row["advantage_abs_mean"] < 1e-12
     assert row["ess"] == pytest.approx(256, rel=1e-12)
 
 
-def gradients(sampler, samples, log_score, log_z):
-    values = sampler.target.values(samples)
-    reward = sampler.reward(values, log_score)
-    sampler._backward(samples, samples.log_prob, log_score, None, reward, log_z)
+def gradients(sampler, samples, log_z):
+    backward(sampler.state, batch_of(sampler, samples, log_z), sampler.setup)
     return torch.cat([p.grad.flatten() for p in sampler.policy.parameters()])
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_micro_batches_change_nothing(method, base, target):
     samples = base.sample(8, seed=5)
-    log_score = target.log_score(samples)
     by_size = [
         gradients(
             method(base.copy(), target, config(batch_size=8, micro_batch_size=size)),
             samples,
-            log_score,
             0.4,
         )
         for size in (1, 3, 8)
@@ -101,12 +100,11 @@ def test_texts_that_add_nothing_to_the_gradient_are_not_differentiated(
     n_possible = int((log_score > -math.inf).sum())
     assert 0 < n_possible < 50
     sampler = method(base.copy(), pointwise, config(batch_size=64, micro_batch_size=16))
-    values = pointwise.values(samples)
-    reward = sampler.reward(values, log_score)
+    reward = batch_of(sampler, samples).reward
     log_policy = sampler.policy.log_prob(samples)
     whole = sampler.policy.log_prob(samples, grad=True)
     a = dmgen.training.objectives.advantage(
-        method.method, log_score, samples.log_prob, log_policy, 0.4, reward=reward
+        sampler.setup.objective.name, log_score, samples.log_prob, log_policy, 0.4, reward=reward
     )
     expected = torch.autograd.grad(-(a @ whole) / 64, list(sampler.policy.parameters()))
     passes = []
@@ -118,7 +116,8 @@ def test_texts_that_add_nothing_to_the_gradient_are_not_differentiated(
 
     monkeypatch.setattr(sampler.policy, "log_prob", watch)
     for known in (None, log_policy):
-        seen, found = sampler._backward(samples, samples.log_prob, log_score, known, reward, 0.4)
+        batch = batch_of(sampler, samples, 0.4, known)
+        seen, found = backward(sampler.state, batch, sampler.setup)
         torch.testing.assert_close(found, a, rtol=1e-12, atol=0)
         torch.testing.assert_close(seen, log_policy, rtol=1e-12, atol=0)
         for parameter, grad in zip(sampler.policy.parameters(), expected, strict=True):
@@ -139,19 +138,16 @@ def test_a_batch_without_a_possible_text_has_a_gradient_of_zero(transformer, bas
     samples = samples[rare.log_score(samples) == -math.inf]
     assert len(samples) > 5
     sampler = dmgen.GDC(lm.copy(), rare, config(batch_size=len(samples)))
-    found = gradients(sampler, samples, rare.log_score(samples), 0.4)
+    found = gradients(sampler, samples, 0.4)
     assert torch.equal(found, torch.zeros_like(found))
 
 
 def test_selected_backward_is_unbiased(base, target):
     """Over many draws of the subset the mean gradient is that of all texts."""
     samples = base.sample(64, seed=5)
-    log_score = target.log_score(samples)
-    full = gradients(
-        dmgen.GDCpp(base.copy(), target, config(batch_size=64)), samples, log_score, 0.4
-    )
+    full = gradients(dmgen.GDCpp(base.copy(), target, config(batch_size=64)), samples, 0.4)
     sampler = dmgen.GDCpp(base.copy(), target, config(batch_size=64, backward_size=16))
-    draws = torch.stack([gradients(sampler, samples, log_score, 0.4) for _ in range(300)])
+    draws = torch.stack([gradients(sampler, samples, 0.4) for _ in range(300)])
     stderr = draws.std(0) / math.sqrt(len(draws))
     moving = stderr > 1e-12
     z = ((draws.mean(0) - full)[moving] / stderr[moving]).abs()
@@ -240,7 +236,7 @@ def test_averaged_weights_are_the_average_of_those_of_the_steps(base, target):
 
 def test_resume_refuses_another_run(base, target, tmp_path):
     dmgen.GDC(base.copy(), target, config()).train(2, out=tmp_path)
-    with pytest.raises(ValueError, match="another sampler"):
+    with pytest.raises(ValueError, match="another objective: gdc, not gdc"):
         dmgen.GDCpp(base.copy(), target, config()).resume(tmp_path)
     dmgen.FDPG(base.copy(), target, config()).train(2, out=tmp_path / "js")
     with pytest.raises(ValueError, match="another divergence: js, not tv"):
@@ -257,16 +253,15 @@ def test_resume_refuses_another_run(base, target, tmp_path):
 def test_fit_samples_serve_as_first_batches(base, target):
     calls = []
 
-    class Counting(Trainer):
-        method, default_proposal_rule = "gdc++", "policy"
-
     policy = base.copy()
     draw = policy.sample
     policy.sample = lambda *a, **k: calls.append(1) or draw(*a, **k)
-    sampler = Counting(policy, target, config(batch_size=1500, first_batches_from_fit=True))
+    objective = dataclasses.replace(objectives.GDCPP, proposal_rule="policy")
+    settings = config(batch_size=1500, first_batches_from_fit=True)
+    sampler = Trainer(policy, target, settings, objective=objective)
     sampler.train(4)
     # Two batches came from the fit, whose texts the pool of Z holds from the start.
-    assert sampler.z.n == 4000 + 2 * 1500
+    assert sampler.state.z.n == 4000 + 2 * 1500
     assert len(calls) == 2  # 4,000 texts were drawn for the fit: two whole batches
     assert exact_kl(target, policy) < exact_kl(target, base)
 
@@ -365,7 +360,7 @@ def test_the_reward_is_b_and_lambda_phi(base):
     def reward(constraints, lambdas):
         target = dmgen.EBM(base, constraints, lambdas)
         sampler = dmgen.Reinforce(base.copy(), target, config())
-        return sampler.reward(target.values(samples), target.log_score(samples))
+        return batch_of(sampler, samples).reward
 
     hard, soft = dmgen.Pointwise(has_a), dmgen.Moment(has_b, 0.5)
     torch.testing.assert_close(reward([hard], []), a)
@@ -385,7 +380,9 @@ def test_the_reward_p_stays_in_range_however_far_apart_texts_are(base, target):
     sampler = dmgen.ReinforceP(base.copy(), target, config())
 
     def reward(*log_scores):
-        return sampler.reward({}, torch.tensor(log_scores, dtype=torch.float64)).tolist()
+        column = torch.tensor(log_scores, dtype=torch.float64)
+        batch = Batch(column, log_score=column)
+        return sampler.setup.objective.prepare(sampler.state, batch, target).reward.tolist()
 
     assert reward(-math.inf, -math.inf) == [0, 0]
     # A text of one token beside long ones.
@@ -417,27 +414,29 @@ def test_an_automatic_rate_does_not_take_rounding_for_a_step(base, target):
     policy = Rounding(base.vocab, base.logits.clone(), base.max_new_tokens, eos=base.eos)
     policy.logits.requires_grad_(True)
     sampler = dmgen.DPG(policy, target, config(learning_rate="auto"))
-    first = sampler.rate
+    first = sampler.state.rate
     history = sampler.train(30)
-    assert sampler.rate > first
+    assert sampler.state.rate > first
     assert history["step_kl"][20:].mean() < 0.02
 
 
 def test_a_mixture_with_the_base_has_the_mixture_s_weights(base, target):
     sampler = dmgen.GDCpp(base.copy(), target, config(base_share=0.25, proposal_rule="policy"))
     sampler.train(20)
-    samples, log_base, log_policy = sampler._draw()
-    torch.testing.assert_close(log_base, base.log_prob(samples))
-    torch.testing.assert_close(log_policy, sampler.policy.log_prob(samples))
-    mixture = torch.log(0.25 * log_base.exp() + 0.75 * log_policy.exp())
+    batch = sampler.source.draw(sampler.state)
+    samples = batch.texts
+    torch.testing.assert_close(batch.log_base, base.log_prob(samples))
+    torch.testing.assert_close(batch.log_policy, sampler.policy.log_prob(samples))
+    mixture = torch.log(0.25 * batch.log_base.exp() + 0.75 * batch.log_policy.exp())
     torch.testing.assert_close(samples.log_prob, mixture)
+    assert torch.equal(batch.log_q, samples.log_prob)
     # 64 texts of 256 are the base's, in law: the mean of the mixture's weights is 1.
     every = base.enumerate()
     law = 0.25 * base.log_prob(every).exp() + 0.75 * sampler.policy.log_prob(every).exp()
     counts = torch.zeros(len(every))
     where = {text: i for i, text in enumerate(every.texts)}
     for _ in range(40):
-        for text in sampler._draw()[0].texts:
+        for text in sampler.source.draw(sampler.state).texts.texts:
             counts[where[text]] += 1
     expected = law * counts.sum()
     large = expected > 5
@@ -457,12 +456,11 @@ def test_reuse_takes_more_steps_on_the_same_texts(base, target):
     assert first["samples"].tolist() == both["samples"].tolist() == [256]
     assert exact_kl(target, twice.policy) < exact_kl(target, once.policy)
     # By hand: the same texts, weighed again with the policy that has moved.
-    samples = base.sample(256, generator=dmgen.GDCpp(base.copy(), target, config()).generator)
-    log_score = target.log_score(samples)
+    samples = base.sample(256, generator=dmgen.GDCpp(base.copy(), target, config()).state.generator)
     by_hand = dmgen.GDCpp(base.copy(), target, config(warmup_steps=0))
     for _ in range(2):
-        by_hand._backward(samples, samples.log_prob, log_score, None, None, by_hand.z.log_z)
-        by_hand._update()
+        backward(by_hand.state, batch_of(by_hand, samples, by_hand.state.z.log_z), by_hand.setup)
+        update(by_hand.state, by_hand.setup)
     assert torch.equal(by_hand.policy.logits, twice.policy.logits)
 
 
@@ -528,16 +526,16 @@ def test_the_proposal_is_tested_as_the_mixture_that_texts_come_from(
     settings = config(base_share=asked, batch_size=size, learning_rate=1e-12, proposal_every=5)
     sampler = dmgen.GDC(q.copy(), target, settings, proposal=q)
     assert not sampler.train(4)["proposal_updated"].any()
-    log_w, log_ratio = sampler.comparison.seen
+    log_w, log_ratio = sampler.state.compared
     assert len(log_w) == 4 * size
     torch.testing.assert_close(log_ratio, torch.zeros_like(log_ratio), rtol=0, atol=1e-9)
     # While texts come from the base alone, it is the mixture that would follow.
     first = dmgen.GDC(q.copy(), target, settings)
     first.train(1)
-    samples = base.sample(size, generator=dmgen.GDC(q.copy(), target, settings).generator)
+    samples = base.sample(size, generator=dmgen.GDC(q.copy(), target, settings).state.generator)
     u = q.log_prob(samples).exp() / samples.log_prob.exp()
     expected = torch.log((1 - share) * u + share)
-    torch.testing.assert_close(first.comparison.seen[1], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(first.state.compared[1], expected, atol=1e-6, rtol=0)
 
 
 def test_texts_of_the_fit_say_nothing_of_another_proposal(base, target):
@@ -547,9 +545,9 @@ def test_texts_of_the_fit_say_nothing_of_another_proposal(base, target):
     settings = config(first_batches_from_fit=True, proposal_every=5, learning_rate=1e-3)
     sampler = dmgen.GDC(base.copy(), target, settings, proposal=best)
     assert not sampler.train(10)["proposal_updated"].any()
-    assert sampler.comparison.seen.shape == (2, 0)
+    assert sampler.state.compared.shape == (2, 0)
     sampler.train(10)  # 15 batches of the 4,000 texts, and five drawn
-    assert sampler.comparison.seen.shape == (2, 5 * 256)
+    assert sampler.state.compared.shape == (2, 5 * 256)
 
 
 def test_first_batches_need_texts_of_a_fit(base, target):
@@ -569,14 +567,14 @@ def test_what_the_proposal_is_tested_on_is_bounded_and_resumed(base, target, tmp
         far.logits.mul_(3.0)  # it will not be closer
     sampler = dmgen.GDC(far.copy(), target, settings)
     sampler.train(12, out=tmp_path)
-    assert sampler.comparison.seen.shape == (2, 12 * 256)
+    assert sampler.state.compared.shape == (2, 12 * 256)
     resumed = dmgen.GDC(far.copy(), target, settings)
     resumed.resume(tmp_path)
-    assert torch.equal(resumed.comparison.seen, sampler.comparison.seen)
+    assert torch.equal(resumed.state.compared, sampler.state.compared)
     sampler.train(13)
     resumed.train(13)
-    assert sampler.comparison.seen.shape == (2, 20 * 256)
-    assert torch.equal(resumed.comparison.seen, sampler.comparison.seen)
+    assert sampler.state.compared.shape == (2, 20 * 256)
+    assert torch.equal(resumed.state.compared, sampler.state.compared)
 
 
 def test_an_interrupted_run_leaves_the_average_too(base, target):
@@ -592,12 +590,14 @@ def test_an_interrupted_run_leaves_the_average_too(base, target):
         sampler.train(10, log=stop)
     torch.testing.assert_close(policy.logits.detach(), torch.stack(weights).mean(0))
     sampler.train(1, log=stop)
-    assert torch.equal(sampler.average.policy.logits, policy.logits)
+    assert torch.equal(sampler.policy.logits, policy.logits)
 
 
 def test_the_last_checkpoint_is_written_once(base, target, tmp_path, monkeypatch):
     steps, save = [], checkpoint.save
-    monkeypatch.setattr(checkpoint, "save", lambda s, out: steps.append(s.step) or save(s, out))
+    monkeypatch.setattr(
+        checkpoint, "save", lambda s, setup, out: steps.append(s.step) or save(s, setup, out)
+    )
     sampler = dmgen.GDC(base.copy(), target, config(checkpoint_every=3))
     sampler.train(6, tmp_path)
     sampler.train(1, tmp_path)
@@ -620,7 +620,7 @@ def test_a_row_of_metrics_is_of_the_policy_by_texts_of_the_proposal(base, target
     q = dmgen.TabularLM.random("abc.", 4, eos=".", seed=5)
     policy = dmgen.TabularLM.random("abc.", 4, eos=".", seed=6).copy()
     sampler = dmgen.GDCpp(policy, target, config(), proposal=q)
-    samples = q.sample(256, generator=dmgen.GDCpp(policy, target, config()).generator)
+    samples = q.sample(256, generator=dmgen.GDCpp(policy, target, config()).state.generator)
     log_q, log_pi = samples.log_prob, policy.log_prob(samples).detach()
     log_w = target.log_score(samples) - log_q
     row = sampler.train(1).iloc[0]
