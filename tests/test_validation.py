@@ -53,17 +53,24 @@ class TestNumber:
     @pytest.mark.parametrize(
         ("bounds", "legal", "illegal", "words"),
         [
-            ({"above": 0}, 1e-300, 0, "finite and above 0"),
-            ({"least": 0}, 0, -1e-300, "finite and at least 0"),
-            ({"below": 1}, 1 - 1e-16, 1, "finite and below 1"),
-            ({"most": 1}, 1, 1 + 1e-15, "finite and at most 1"),
-            ({"least": 0, "below": 0.5}, 0, 0.5, "finite and at least 0 and below 0.5"),
+            ({"above": 0}, 1e-300, 0, "above 0 and finite"),
+            ({"least": 0}, 0, -1e-300, "at least 0 and finite"),
+            ({"below": 1}, 1 - 1e-16, 1, "below 1 and finite"),
+            ({"most": 1}, 1, 1 + 1e-15, "at most 1 and finite"),
+            ({"least": 0, "below": 0.5}, 0, 0.5, "at least 0 and below 0.5"),
         ],
     )
     def test_bounds(self, bounds, legal, illegal, words):
         assert check_number("x", legal, **bounds) == legal
         with pytest.raises(ValueError, match=f"^x must be {words}, got {re.escape(repr(illegal))}"):
             check_number("x", illegal, **bounds)
+
+    def test_two_bounds_refuse_what_is_not_finite_too(self):
+        for value in (math.inf, math.nan):
+            with pytest.raises(
+                ValueError, match=f"^x must be at least 0 and at most 1, got {value}$"
+            ):
+                check_number("x", value, least=0, most=1)
 
 
 class TestChoice:

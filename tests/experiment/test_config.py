@@ -181,7 +181,7 @@ class TestTypes:
             ("policy={adapter: lora, rank: 0}", "policy: rank must be at least 1, got 0"),
             (
                 "policy={adapter: lora, alpha: -1}",
-                "policy: alpha must be finite and above 0, got -1.0",
+                "policy: alpha must be above 0 and finite, got -1.0",
             ),
             (
                 "policy.adapter=lore",
@@ -363,7 +363,7 @@ def test_a_divergence_with_a_number_can_be_written_in_yaml(a):
     options = {"divergence": ["alpha", a]}
     config = RunConfig.from_mapping(SMALLEST | {"method": "FDPG", "method_options": options})
     objective = make_objective(config.method, config.method_options)
-    assert objective.divergence.name == f_divergence(("alpha", 0.5)).name
+    assert objective.divergence == f_divergence(("alpha", 0.5)).name == "alpha=0.5"
 
 
 # Prints the files that are opened, and whether transformers is imported, by reading a configuration
