@@ -38,9 +38,8 @@ from tqdm import tqdm
 
 import dmgen
 from dmgen import storage
-from dmgen.cli.console import fit_target, load_model
-from dmgen.experiment.config import SAMPLERS, RunConfig
-from dmgen.experiment.publish import load_target, save_target
+from dmgen.experiment.build import build_trainer, fit_target, load_model, load_target
+from dmgen.experiment.config import RunConfig
 from dmgen.training import run_folder
 
 TASKS = sorted((Path(__file__).parent / "tasks").glob("*.yaml"))
@@ -131,7 +130,7 @@ def config_of(base: str, cell: Cell, overrides: list[str]) -> RunConfig:
 def target_of(base: str, task: str, overrides: tuple[str, ...]) -> dmgen.EBM:
     """Return the target of a task, which the methods and seeds of a process share."""
     config = config_of(base, (task, "GDC++", 0), list(overrides))
-    return fit_target(config, load_model(base, config), show=False)
+    return fit_target(config, load_model(base, config))
 
 
 def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None) -> dict[str, Any]:
@@ -144,14 +143,14 @@ def run(config: RunConfig, target: dmgen.EBM, n_curve: int, folder: Path | None)
     if folder is not None and begun:
         target = load_target(folder, config, target.base)
     policy = target.base.copy(**asdict(config.policy))
-    sampler = SAMPLERS[config.method](policy, target, config.trainer, **config.method_options)
+    sampler = build_trainer(config, policy, target)
     curve: list[dict[str, Any]] = []
     if folder is not None and begun:
         sampler.resume(folder)
         curve = [r for r in storage.read_rows(folder / "curve.jsonl") if r["step"] <= sampler.step]
     elif folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_target(folder, target)
+        target.save(folder)
         storage.write_rows(folder / "curve.jsonl", [])
     for until in (round(config.n_steps * i / N_QUARTERS) for i in range(N_QUARTERS + 1)):
         if until > sampler.step:

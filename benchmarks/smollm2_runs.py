@@ -27,9 +27,8 @@ from run_grid import METHODS, run
 from tqdm import tqdm
 
 from dmgen import storage
-from dmgen.cli.console import fit_target, load_model
+from dmgen.experiment.build import fit_target, load_model, load_target
 from dmgen.experiment.config import RunConfig
-from dmgen.experiment.publish import load_target, save_target
 
 TASKS = sorted((Path(__file__).parent / "tasks" / "smollm2").glob("*.yaml"))
 OWN_METHODS = {
@@ -67,10 +66,10 @@ def one(name: str, task: Path, method: str, args: argparse.Namespace) -> None:
     if fitted and (fitted / "target.json").is_file():
         target = load_target(fitted, config, base)
     else:
-        target = fit_target(config, base, show=False)
+        target = fit_target(config, base)
         if fitted:
             fitted.mkdir(parents=True, exist_ok=True)
-            save_target(fitted, target)
+            target.save(fitted)
     result = run(config, target, args.curve, args.keep and args.keep / _slug(name))
     result |= {"task": task.stem, "method": method, "seed": config.trainer.seed}
     result["wall_seconds"] = round(time.time() - started, 1)

@@ -64,7 +64,9 @@ def check_number(
     )
     if not math.isfinite(number) or not all(holds for _, _, holds in bounds):
         words = [f"{word} {bound:g}" for bound, word, _ in bounds if bound is not None]
-        finite = ["finite"] if below is None and most is None else []
+        # Two bounds leave no infinity to refuse.
+        n_sides = ((above, least) != (None, None)) + ((below, most) != (None, None))
+        finite = ["finite"] if n_sides < 2 else []
         raise ValueError(f"{name} must be {' and '.join([*words, *finite])}, got {value!r}")
     return number
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 import dmgen
-from dmgen.cli.app import DEMO
+from dmgen.cli import app
+from dmgen.experiment.config import RunConfig
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+DEMO = RunConfig.from_mapping(app.DEMO)
 BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 QUICK_START = BLOCKS[0]
 # The same code on fewer texts.

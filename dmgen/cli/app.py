@@ -125,7 +125,7 @@ _Run = Annotated[
     Path,
     typer.Argument(metavar="RUN", help="A run folder, made by `dmgen train` or `dmgen demo`."),
 ]
-_Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="What to do, as YAML.")]
+_Config = Annotated[Path, typer.Argument(metavar="CONFIG", help="The settings of a run, as YAML.")]
 _Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -163,7 +163,7 @@ def demo(
 # \b keeps the lines of a paragraph as they are.
 _TRAIN_HELP = """Fit a policy to constraints on a language model.
 
-The smallest configuration names a model and what its texts must be like:
+The smallest configuration names a model and constraints on its texts:
 
 \b
     base: gpt2
@@ -220,10 +220,11 @@ def fit(
     overrides: _Overrides = None,
     as_json: _Json = False,
 ) -> None:
-    """Find λ and show what the constraints cost, before any training.
+    """Find λ and show the cost of the constraints, before any training.
 
-    How often the base does what is asked, λ with its error, the least KL(p‖a) that the constraints
-    cost, and how many texts a smaller error of λ takes (fit.n_samples).
+    Prints the mean of each constraint under the base, λ with its error, KL(p‖a), which is the least
+    KL(π‖a) of a policy that meets the constraints, and the number of texts that a smaller error of
+    λ takes (fit.n_samples).
     """
     from dmgen.cli import console
     from dmgen.experiment import build
@@ -292,9 +293,9 @@ def evaluate(
 ) -> None:
     """Measure the policy of a run on fresh texts.
 
-    Moments with their 99 % intervals and verdicts, what the policy forgot (KL), diversity. Without
-    options, it gives the figures that the run ended with; but a policy whose adapter was trained in
-    half precision is measured in float32, as is its base.
+    Prints moments with their 99 % intervals and verdicts, KL divergences, and diversity. Without
+    options, the numbers are those at the end of the run, except for a policy whose adapter was
+    trained in half precision: it is measured in float32, as is its base.
     """
     from dmgen.experiment import build
     from dmgen.experiment.folder import finished_config

@@ -12,7 +12,6 @@ from dmgen import storage
 from dmgen.evaluation.evaluate import evaluate
 from dmgen.evaluation.result import Evaluation
 from dmgen.experiment.build import (
-    build_constraints,
     build_trainer,
     fit_draw,
     fit_target,
@@ -169,7 +168,7 @@ def _measure(
     """Evaluate the policy and draw pairs of texts; write both."""
     evaluation = evaluate(policy, target, **asdict(config.evaluate))
     tell(Evaluated(evaluation))
-    pairs = _draw_pairs(target.base, policy, config)
+    pairs = _draw_pairs(target, policy, config)
     storage.write_rows(out / "samples.jsonl", [asdict(pair) for pair in pairs])
     tell(TextsCompared(pairs))
     run_folder.append_evaluation(out, step, evaluation, final=True, seed=config.evaluate.seed)
@@ -193,27 +192,21 @@ def _resume(trainer: Trainer, config: RunConfig, out: Path) -> None:
         trainer.target.fit_samples = trainer.target.base.sample(draw.pop("n_samples"), **draw)
 
 
-def _draw_pairs(
-    base: LanguageModel, policy: LanguageModel, config: RunConfig
-) -> tuple[TextPair, ...]:
+def _draw_pairs(target: EBM, policy: LanguageModel, config: RunConfig) -> tuple[TextPair, ...]:
     """Return pairs of texts from the same random numbers, with the values of all features."""
     drawn = {
         name: model.sample(_N_PAIRS, prompt=config.prompt, seed=config.evaluate.seed)
-        for name, model in (("base", base), ("policy", policy))
+        for name, model in (("base", target.base), ("policy", policy))
     }
-    features = {f.name: f for c in build_constraints(config, base) for f in c.features}
-    values = {
-        model: {name: f(texts.texts, texts.prompts).tolist() for name, f in features.items()}
-        for model, texts in drawn.items()
-    }
+    values = {name: target.values(samples) for name, samples in drawn.items()}
     return tuple(
         TextPair(
             config.prompt,
             drawn["base"].texts[i],
             drawn["policy"].texts[i],
             {
-                model: {name: column[i] for name, column in columns.items()}
-                for model, columns in values.items()
+                name: {feature: float(column[i]) for feature, column in columns.items()}
+                for name, columns in values.items()
             },
         )
         for i in range(_N_PAIRS)
