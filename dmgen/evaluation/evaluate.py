@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
 
 from dmgen.constraints.constraint import Moment
-from dmgen.estimates import divergences
-from dmgen.estimates.score import Score
+from dmgen.estimates.divergences import estimate_js, estimate_kl, estimate_tv
 from dmgen.evaluation.diversity import distinct_n, self_bleu
 from dmgen.evaluation.pooled_samples import MODELS, Pool
 from dmgen.evaluation.result import Evaluation, MomentRow
@@ -62,24 +60,27 @@ def evaluate(
     n_tokens = torch.cat([samples.n_tokens for samples in pool.drawn.values()]).double()
     return Evaluation(
         moments=[_row_of(constraint, pool, tolerance) for constraint in target.constraints],
-        kl_target_policy=pool.distance(divergences.kl, pool.log_policy),
+        kl_target_policy=pool.distance(estimate_kl, pool.log_policy).score(),
         kl_policy_base=pool.kl_policy_base(),
-        kl_target_base=pool.distance(divergences.kl, pool.log_base),
+        kl_target_base=pool.distance(estimate_kl, pool.log_base).score(),
         excess=pool.excess(),
         gain=pool.gain(),
-        tv=pool.distance(divergences.tv, pool.log_policy),
-        js=pool.distance(divergences.js, pool.log_policy),
+        tv=pool.distance(estimate_tv, pool.log_policy).score(),
+        js=pool.distance(estimate_js, pool.log_policy).score(),
         ess=pool.ess(),
         length={model: pool.mean(model, n_tokens) for model in MODELS},
-        perplexity={model: _perplexity(pool, model, n_tokens) for model in MODELS},
+        perplexity={
+            model: pool.ratio(model, -pool.log_base, n_tokens).exp().score() for model in MODELS
+        },
         self_bleu={
             (model, n): self_bleu(t, n, max_texts=_MOST_FOR_SELF_BLEU)
             for model, t in texts.items()
             for n in (3, 4, 5)
         },
         distinct={(model, n): distinct_n(t, n) for model, t in texts.items() for n in (1, 2, 3)},
-        samples=pool.drawn,
+        n_samples=n_samples,
         tolerance=tolerance,
+        samples=pool.drawn,
     )
 
 
@@ -102,10 +103,3 @@ def _row_of(constraint: Constraint, pool: Pool, tolerance: float) -> MomentRow:
         verdict(policy, goal, tolerance, binary=binary),
         needed,
     )
-
-
-def _perplexity(pool: Pool, model: str, n_tokens: Tensor) -> Score:
-    """exp of the mean of −log a over all tokens of a model's texts."""
-    surprise = pool.ratio(model, -pool.log_base, n_tokens)
-    value = math.exp(surprise.value)
-    return Score(value, value * surprise.stderr, surprise.n)

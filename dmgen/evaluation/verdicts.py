@@ -1,45 +1,33 @@
-"""Verdicts on a mean: met, not met or undecided, and how many texts would decide."""
+"""Verdicts on a mean: met, not met or undecided, and the number of texts that would decide."""
 
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
-from scipy.special import stdtrit
-
+from dmgen.estimates.intervals import LEVEL, student, wilson
 from dmgen.estimates.score import Score
 
 __all__ = ["LEVEL", "TOLERANCE", "interval", "n_to_decide", "verdict"]
 
-LEVEL = 0.99
 TOLERANCE = 0.05
-# Nobody draws more texts than this for a verdict.
+# No evaluation draws more texts than this.
 _MOST_TEXTS = 10**9
 
 
 def interval(score: Score, *, binary: bool = False, level: float = LEVEL) -> tuple[float, float]:
-    """The interval that covers the true mean with chance `level`, for n independent texts.
-
-    Student's, whose errors are themselves estimated from n values; NaN where there is only one.
+    """Return the interval that covers the true mean with probability `level`.
 
     Args:
-        score: a plain mean of n values.
-        binary: the values are 0 and 1; then it is Wilson's interval, which stays inside [0, 1] and
-            keeps its width where all values agree (0 of 50 is not 0 ± 0).
-        level: coverage, in (0, 1).
+        score: a plain mean of n independent values.
+        binary: whether the values are 0 and 1; then it is Wilson's interval, else Student's.
+        level: in (0, 1).
 
-    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference".
+    Returns:
+        (low, high), in the unit of the values; NaN where the error is unknown.
     """
-    if not binary or score.n == 0:
-        if score.n < 2:
-            return score.interval(level)
-        half = float(stdtrit(score.n - 1, 0.5 + level / 2)) * score.stderr
-        return score.value - half, score.value + half
-    z2 = NormalDist().inv_cdf(0.5 + level / 2) ** 2
-    p, n = score.value, score.n
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = math.sqrt(z2 * (p * (1 - p) / n + z2 / (4 * n * n))) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    if binary and score.n:
+        return wilson(score.value, score.n, level)
+    return student(score, level)
 
 
 def verdict(
@@ -49,15 +37,15 @@ def verdict(
     *,
     binary: bool = False,
 ) -> str:
-    """ "met", "not met" or "undecided".
+    """Return "met", "not met" or "undecided".
 
-    "met" if the 99 % interval lies inside target ± tolerance, "not met" if it lies outside,
-    "undecided" if it reaches over an edge or is not known.
+    "met" if the 99 % interval lies inside target ± tolerance, "not met" if it lies outside, and
+    "undecided" if it contains an edge or is unknown.
 
     Args:
         score: a plain mean of n values.
-        target: the mean asked for, or (low, high).
-        tolerance: how far off a mean may be, in its unit, >= 0.
+        target: the requested mean, or (low, high).
+        tolerance: the largest deviation that is accepted, in the unit of the values, >= 0.
         binary: as in `interval`.
     """
     low, high = target if isinstance(target, tuple) else (target, target)
@@ -75,13 +63,17 @@ def n_to_decide(
     *,
     binary: bool = False,
 ) -> int | None:
-    """About how many values would decide if mean and spread stayed as they are, to 10 %.
-
-    None if the verdict is not "undecided", if nothing is known yet, or if the mean lies on the
-    very edge, where no number decides.
+    """Return the number of values, to 10 %, that would decide if mean and spread stayed the same.
 
     Args:
-        (as in `verdict`)
+        score: as in `verdict`.
+        target: as in `verdict`.
+        tolerance: as in `verdict`.
+        binary: as in `verdict`.
+
+    Returns:
+        None if the verdict is not "undecided", if mean or error are unknown, or if the mean lies
+        on an edge, where no number decides.
     """
     if not score.n or not math.isfinite(score.value) or not math.isfinite(score.stderr):
         return None

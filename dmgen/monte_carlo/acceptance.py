@@ -168,9 +168,7 @@ def log_beta_for(log_w: Tensor, rate: float) -> float:
     return min(log_beta, float(ordered[last + 1]))
 
 
-def _weights(
-    log_w: Tensor, log_accept: Tensor, probs: Tensor | None
-) -> tuple[Weights, Weights]:
+def _weights(log_w: Tensor, log_accept: Tensor, probs: Tensor | None) -> tuple[Weights, Weights]:
     """Return the weights of p and of q_r."""
     lw = check_log_weights(log_w, "log_w")
     la = check_like(_checked_accept(log_accept), "log_accept", lw)

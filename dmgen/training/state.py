@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmgen.estimates.running_z import ZPool as RunningZ
+from dmgen.estimates.running_z import RunningZ
 from dmgen.models.samples import Samples
 from dmgen.training.health import Health
 from dmgen.training.memory import micro_batch

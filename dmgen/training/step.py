@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmgen.estimates.running_z import ZPool as RunningZ
+from dmgen.estimates.running_z import RunningZ
 from dmgen.training.batch import Batch
 from dmgen.training.diagnostics import batch_statistics, gradient_variance
 from dmgen.training.gradient import backward, update

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dmgen.estimates.running_z import ZPool as RunningZ
+from dmgen.estimates.running_z import RunningZ
 from dmgen.evaluation.evaluate import evaluate
 from dmgen.models.random_draws import stream
 from dmgen.target.ebm import EBM

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import is_calibrated
 from scipy import stats
 
 from dmgen.estimates.weights import (
@@ -21,12 +22,6 @@ from dmgen.estimates.weights import (
 
 REPEATS = 400
 INF = math.inf
-
-
-def is_calibrated(z):
-    """Whether z-scores have mean 0 and sd 1 up to five of their own standard errors."""
-    z = np.asarray(z)
-    return abs(z.mean()) < 5 / math.sqrt(len(z)) and abs(z.std() - 1) < 5 / math.sqrt(2 * len(z))
 
 
 def world(seed=0, n_states=12):

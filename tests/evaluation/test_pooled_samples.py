@@ -4,9 +4,12 @@ import math
 
 import pytest
 import torch
+from laws import is_calibrated, uncalibrated
 
 from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.constraints.feature import feature
+from dmgen.estimates import divergences
+from dmgen.estimates.divergences import estimate_kl
 from dmgen.evaluation.pooled_samples import Pool
 from dmgen.models import TabularLM
 from dmgen.target.ebm import EBM
@@ -14,12 +17,6 @@ from dmgen.target.ebm import EBM
 HAS_A = feature(lambda text: "a" in text, name="a")
 HAS_CB = feature(lambda text: "cb" in text, name="cb")
 LENGTH = feature(len, name="length")
-
-
-def standard(z):
-    """Whether z-scores have mean 0 and sd 1 up to five of their own standard errors."""
-    z = torch.tensor(z)
-    return abs(z.mean()) < 5 / math.sqrt(len(z)) and abs(z.std() - 1) < 5 / math.sqrt(2 * len(z))
 
 
 @pytest.fixture
@@ -43,11 +40,11 @@ def test_the_error_of_the_excess_knows_what_its_terms_share(world, as_tabular):
     for seed in range(300):
         pool = Pool.draw(policy, target, 150, seed)
         found = pool.excess()
-        parts = [pool.kl_policy_base(), pool._score(*pool._kl_target(pool.log_base))]
+        parts = [pool.kl_policy_base(), pool.distance(estimate_kl, pool.log_base).score()]
         z.append((found.value - excess) / found.stderr)
         of_strangers.append((found.value - excess) / math.hypot(*(p.stderr for p in parts)))
-    assert standard(z)
-    assert not standard(of_strangers)  # the power of this test
+    assert is_calibrated(z)
+    assert not is_calibrated(of_strangers)  # the power of this test
 
 
 def test_the_error_of_the_gain_knows_what_its_terms_share(world, as_tabular):
@@ -61,11 +58,11 @@ def test_the_error_of_the_gain_knows_what_its_terms_share(world, as_tabular):
     for seed in range(300):
         pool = Pool.draw(policy, target, 150, seed)
         found = pool.gain()
-        parts = [pool._score(*pool._kl_target(x)) for x in (pool.log_base, pool.log_policy)]
+        parts = [pool.distance(estimate_kl, x).score() for x in (pool.log_base, pool.log_policy)]
         z.append((found.value - gain) / found.stderr)
         of_strangers.append((found.value - gain) / math.hypot(*(p.stderr for p in parts)))
-    assert standard(z)
-    assert not standard(of_strangers)  # the power of this test
+    assert is_calibrated(z)
+    assert not is_calibrated(of_strangers)  # the power of this test
 
 
 def test_ratios_are_calibrated(target, policy):
@@ -82,23 +79,19 @@ def test_ratios_are_calibrated(target, policy):
         drawn = torch.cat([s.n_tokens for s in pool.drawn.values()]).double()
         for name, law in laws.items():
             ratio = float(law @ -exact.log_base) / float(law @ n_tokens)
-            score = pool.ratio(name, -pool.log_base, drawn)
+            score = pool.ratio(name, -pool.log_base, drawn).score()
             z[name].append((score.value - ratio) / score.stderr)
-    assert {name for name, values in z.items() if not standard(values)} == set()
+    assert uncalibrated(z) == set()
 
 
-def test_own_estimates_equal_those_of_divergences(target, policy):
-    """The influences that make joint errors possible belong to the very same estimators."""
-    from dmgen.estimates import divergences
-
+def test_estimates_equal_those_of_the_columns(target, policy):
+    """The joint estimates, whose differences have joint errors, are the very same estimators."""
     pool = Pool.draw(policy, target, 500, 0)
     for other in (pool.log_base, pool.log_policy):
-        mine = pool._score(*pool._kl_target(other))
-        theirs = pool.distance(divergences.kl, other)
-        assert mine.value == pytest.approx(theirs.value, abs=1e-12)
-        assert mine.stderr == pytest.approx(theirs.stderr, rel=1e-9)
-    mine, theirs = pool._score(*pool._kl_policy_base()), pool.kl_policy_base()
-    assert (mine.value, mine.stderr) == (pytest.approx(theirs.value), pytest.approx(theirs.stderr))
+        joint = pool.distance(estimate_kl, other).score()
+        assert joint == divergences.kl(pool.log_score, other, pool.log_mixture, strata=pool.strata)
+    gap = pool.excess().value + pool.distance(estimate_kl, pool.log_base).value
+    assert gap == pytest.approx(pool.kl_policy_base().value, rel=1e-12)
 
 
 def test_means_of_base_and_policy_are_plain(target, policy):
@@ -130,29 +123,27 @@ def test_honest_models_are_never_accused(world, as_tabular, constraints, lambdas
         Pool.draw(policy, target, n, seed).check_bounds()
 
 
-def gaps(monkeypatch, policy, target, bound, n_repeats=300):
-    """z-scores of one of the two gaps that `check_bounds` judges, over repeats."""
-    seen = []
-    monkeypatch.setattr(Pool, "_hold", lambda self, left, right, gap: seen.append((left, gap)))
-    for seed in range(n_repeats):
-        Pool.draw(policy, target, 250, seed).check_bounds()
-    return [gap.value / gap.stderr for left, gap in seen if left.startswith(bound)]
+def gaps(policy, target, bound, n_repeats=300):
+    """z-scores of the gap of one of the two kinds of bound, over repeats."""
+    pools = (Pool.draw(policy, target, 250, seed) for seed in range(n_repeats))
+    found = [(left, gap) for pool in pools for left, _, gap in pool.bounds()]
+    return [gap.value / gap.stderr for left, gap in found if left.startswith(bound)]
 
 
-def test_the_first_gap_is_calibrated_where_the_bound_is_tight(world, as_tabular, monkeypatch):
+def test_the_first_gap_is_calibrated_where_the_bound_is_tight(world, as_tabular):
     target = EBM(world, [Moment(HAS_A, 0.5)], [2.0])
     policy = as_tabular(target.exact().log_prob)
-    assert standard(gaps(monkeypatch, policy, target, "KL(π‖a)"))
+    assert is_calibrated(gaps(policy, target, "KL(π‖a)"))
 
 
-def test_the_second_gap_is_calibrated_where_the_bound_is_tight(world, as_tabular, monkeypatch):
+def test_the_second_gap_is_calibrated_where_the_bound_is_tight(world, as_tabular):
     """Half of the policy is p, half is what p forbids: KL(p‖π) = log 2 = −log E_π[P > 0]."""
     target = EBM(world, [Pointwise(HAS_A)])
     exact = target.exact()
     other = exact.log_base.masked_fill(exact.log_prob > -math.inf, -math.inf).log_softmax(0)
     policy = as_tabular(torch.logaddexp(exact.log_prob, other) - math.log(2))
     assert exact.kl_target_policy(policy) == pytest.approx(math.log(2))
-    assert standard(gaps(monkeypatch, policy, target, "KL(p‖π)"))
+    assert is_calibrated(gaps(policy, target, "KL(p‖π)"))
 
 
 class Liar(TabularLM):
