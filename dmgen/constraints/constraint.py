@@ -1,6 +1,6 @@
-"""What a generator must do: `Feature` (text to number), and the constraints made of features.
+"""Constraints on the texts of a generator, made of features.
 
-`Pointwise(f)` asks that f holds for every text, `Moment(f, target)` that its mean be `target`.
+`Pointwise(f)` requires that f holds for every text, `Moment(f, target)` that its mean is `target`.
 Both are declarations, checked when they are made, before any model is loaded.
 """
 
@@ -25,7 +25,7 @@ class Pointwise:
         feature: a `Feature`, or a callable that has a name of its own.
 
     Raises:
-        TypeError: if it is neither.
+        TypeError: if it is neither a `Feature` nor callable.
         ValueError: if it has no usable name, or was declared not binary.
     """
 
@@ -46,7 +46,7 @@ class Pointwise:
         return (self.feature,)
 
     def holds(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Return bool `(N,)`, true where the constraint is met.
+        """Return where the constraint is met, bool `(N,)`.
 
         Args:
             values: feature values `(N,)` by feature name.
@@ -59,23 +59,23 @@ class Pointwise:
 
 @dataclass(frozen=True, init=False)
 class Moment:
-    """The constraint that the mean of a feature be `target`, among the texts with `given` if said.
+    """The constraint that the mean of a feature is `target`, among the texts with `given` if set.
 
-    The conditional moment E[f | g] = t is one linear constraint, E[g (f - t)] = 0, so that every
-    kind is a mean of one column (`statistic`) that must reach `bounds`: one exponential family.
+    The conditional moment E[f | g] = t is one linear constraint, E[g (f - t)] = 0, so that each
+    kind requires the mean of one column (`statistic`) to lie in `bounds`: one exponential family.
 
     Args:
         feature: a `Feature`, or a callable that has a name of its own.
         target: the mean, in the feature's unit and within [0, 1] for a binary one; or an interval
             (low, high): not binding while the mean is inside, else the nearest edge is the target.
-        given: binary feature g that says which texts count; needs a single target.
+        given: binary feature g of the texts that count; needs a single target.
 
     Raises:
         TypeError: if feature or given is not a feature, or target not a number or two.
         ValueError: if the target is not finite, an interval not low < high, a binary feature's
             target outside [0, 1], given declared not binary or the feature itself, or given
-            combined with an interval (E[g (f - low)] >= 0 and E[g (f - high)] <= 0 bind two
-            different columns, so no one column and its bounds say it).
+            combined with an interval (E[g (f - low)] >= 0 and E[g (f - high)] <= 0 constrain two
+            different columns, which one column with bounds cannot express).
     """
 
     feature: Feature

@@ -127,7 +127,10 @@ def lazy_classifier(
 
     Args:
         head: the folder.
-        label, threshold, name, batch_size: as in `classifier`.
+        label: as in `classifier`.
+        threshold: as in `classifier`.
+        name: as in `classifier`.
+        batch_size: as in `classifier`.
         load: name of a base, as in the head, to the function that embeds texts with it; None for a
             feature that is only declared.
 

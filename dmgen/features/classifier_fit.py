@@ -41,7 +41,8 @@ def fit_classifier(
 
     Args:
         embed: texts to their mean hidden states, `(N, D)`.
-        texts, labels: N texts with the name of the class of each; two classes or more.
+        texts: N texts.
+        labels: the name of the class of each, `(N,)`; two classes or more.
         base: name of the embedding model for `head.json`, from which it can be loaded again.
         l2: weight of the penalty, > 0; scikit-learn's C is 1 / (N l2), for two classes 2 / (N l2).
         test: texts and labels to measure the accuracy on, none of them among `texts`; None holds a

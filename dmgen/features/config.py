@@ -87,7 +87,8 @@ def constraint_from_config(
             `"given": FEATURE` if it is conditional; T is a number or `[low, high]`, FEATURE a
             mapping that `from_config` reads.
         where: place of the mapping, with which messages begin: "constraints.0".
-        embed, families: as in `from_config`.
+        embed: as in `from_config`.
+        families: as in `from_config`.
 
     Raises:
         TypeError: config is not a mapping, or a value has the wrong type.

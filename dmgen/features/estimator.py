@@ -22,9 +22,9 @@ class _Estimator:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         if self.wanted.threshold == "argmax":
-            # Not the largest of predict_proba: an SVM's probabilities may disagree with its answer.
-            said = np.asarray(self.estimator.predict(list(texts))).tolist()
-            rows = [[float(one == label) for label in self.labels] for one in said]
+            # Not the largest of predict_proba: an SVM's probabilities may disagree with predict.
+            predicted = np.asarray(self.estimator.predict(list(texts))).tolist()
+            rows = [[float(one == label) for label in self.labels] for one in predicted]
         else:
             rows = np.asarray(self.estimator.predict_proba(list(texts))).tolist()
         return self.wanted(torch.tensor(rows, dtype=torch.float64))
@@ -43,10 +43,10 @@ def from_estimator(
         estimator: fitted on raw texts, such as `make_pipeline(TfidfVectorizer(),
             LogisticRegression()).fit(texts, labels)`: it has `classes_`, `predict(texts)`, and
             `predict_proba(texts)` if threshold is not "argmax".
-        label: one of its classes, or a list, tuple or set of which one must be given.
-        threshold: "argmax" for what `predict` says, or a number in (0, 1] that the probability must
-            reach, or None for the probability itself (a feature that is not binary).
-        name: the feature's name; the label if not given.
+        label: one of its classes, or a list, tuple or set of which one must be predicted.
+        threshold: "argmax" for the result of `predict`, or a number in (0, 1] that the probability
+            must reach, or None for the probability itself (a feature that is not binary).
+        name: the feature's name; None for the label.
 
     Raises:
         TypeError: the estimator lacks one of these, so it is not fitted or of another kind.

@@ -15,7 +15,7 @@ __all__ = ["Threshold", "Wanted", "check_threshold", "label_name", "labelled", "
 # "argmax": the most probable label is wanted; a number: P(wanted) reaches it; None: P itself.
 Threshold = float | Literal["argmax"] | None
 
-# How far the scores of a text may be from summing to 1: float32 rounding over many labels.
+# Largest distance of a text's scores from a sum of 1: float32 rounding over many labels.
 _SUM_TOLERANCE = 1e-3
 
 
@@ -28,7 +28,7 @@ class Wanted:
 
     @property
     def binary(self) -> bool:
-        """Whether the decision is yes or no, not a probability."""
+        """True for a decision, False for a probability."""
         return self.threshold is not None
 
     def __call__(self, scores: Tensor) -> Tensor:
@@ -49,8 +49,8 @@ class Wanted:
         if len(columns) > 1 and bool((off > _SUM_TOLERANCE).any()):
             raise ValueError(
                 f"the scores of a text's labels are off a sum of 1 by {off.max().item():.2g}, so "
-                "the labels do not exclude one another and have no probability together: ask for "
-                'one label, or use threshold="argmax"'
+                "the labels do not exclude one another and have no joint probability: take one "
+                'label, or threshold="argmax"'
             )
         return together if self.threshold is None else together >= self.threshold
 
@@ -118,6 +118,6 @@ def check_threshold(threshold: object) -> None:
 
 
 def labelled(fn: Any, label: object, name: str | None, binary: bool) -> Feature:
-    """Return a batched feature that is named after its label unless a name is given."""
+    """Return a batched feature with this name, or for None with that of its label."""
     name = label_name(label) if name is None else name
     return Feature(fn, name, batched=True, binary=binary)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dmgen.constraints.feature import Feature
 from dmgen.features.labels import Threshold, Wanted, labelled, wanted
+from dmgen.validation import check_integer
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,8 @@ class _Pipeline:
     batch_size: int
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
-        found = self.pipe(list(texts), top_k=None, truncation=True, batch_size=self.batch_size)
-        by_label = [{one["label"]: one["score"] for one in scores} for scores in found]
+        results = self.pipe(list(texts), top_k=None, truncation=True, batch_size=self.batch_size)
+        by_label = [{one["label"]: one["score"] for one in scores} for scores in results]
         rows = [[scores[label] for label in self.labels] for scores in by_label]
         return self.wanted(torch.tensor(rows, dtype=torch.float64))
 
@@ -38,13 +39,13 @@ def from_pipeline(
     """Return the feature "a pipeline of transformers gives the text this label".
 
     Args:
-        pipe: what `transformers.pipeline("text-classification", ...)` returned. Texts longer than
-            its model reads are cut by its tokenizer.
+        pipe: a `transformers.pipeline("text-classification", ...)`. Its tokenizer truncates texts
+            longer than its model reads.
         label: a label of its model (`pipe.model.config.id2label`), or several of which one must be
-            given.
+            predicted.
         threshold: "argmax" for the label with the greatest score, or a number in (0, 1] that the
             score must reach, or None for the score itself (a feature that is not binary).
-        name: the feature's name; the label if not given.
+        name: the feature's name; None for the label.
         batch_size: texts a forward pass; more than 1 needs a tokenizer with a padding token.
 
     Raises:
@@ -58,8 +59,7 @@ def from_pipeline(
             'from_pipeline needs a transformers.pipeline("text-classification", ...), got '
             f"{type(pipe).__name__}"
         ) from error
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = check_integer("batch_size", batch_size, least=1)
     decision = wanted(label, labels, threshold)
     fn = _Pipeline(pipe, labels, decision, batch_size)
     return labelled(fn, label, name, decision.binary)

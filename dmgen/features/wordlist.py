@@ -37,10 +37,10 @@ def wordlist(
     """Return the feature "the text contains at least one word of the list".
 
     Words match whole ("art" is not in "party"; it is in "state-of-the-art"), phrases with any
-    white space between their words. dmgen's own lexicons were written to hit sentences of
+    white space between their words. dmgen's lexicons were written to match sentences of
     biographies on their topic: art, business, military, music, politics, religion, royalty,
-    science, sports. One more, insults, is a sober list of words that abuse a person: a floor for
-    toxicity, blind to threats, irony and slurs against groups, and no judge of quotations.
+    science, sports. One more, insults, lists words that abuse a person. It is a lower bound for
+    toxicity: it misses threats, irony and slurs against groups, and counts quotations.
 
     Args:
         words: the name of one of these lexicons, or words and phrases of your own.
@@ -78,7 +78,7 @@ def word(text: str, *, name: str | None = None, case_sensitive: bool = False) ->
     Args:
         text: the word.
         name: the feature's name; None for the word itself.
-        case_sensitive: whether case must agree ("US" and "us"; the GDC papers say yes).
+        case_sensitive: whether case must agree ("US", "us"); True in the GDC papers.
 
     Raises:
         TypeError: if it is not a string.
@@ -163,5 +163,5 @@ def _whole_words(words: Sequence[str], case_sensitive: bool) -> re.Pattern[str]:
 
 
 def _escape(text: str) -> str:
-    """Return text as a pattern in which white space and apostrophes match every kind of theirs."""
+    """Return text as a pattern in which white space and apostrophes match all their variants."""
     return re.sub("['’]", "['’]", re.escape(text).replace(r"\ ", r"\s+"))

@@ -1,9 +1,10 @@
-"""The numerics below `moments`: the dual of moment matching, its Newton method, and its refusals.
+"""The dual of moment matching: its value, mean and covariance at a lambda.
 
-Minimises `D(lambda) = log Σ w exp(lambda·phi) - lambda·target` over the rows of a sample. Targets
-are intervals [low, high] (a point is low = high): a positive lambda pays for `low`, a negative one
-for `high`, so D has a kink at 0, and its minimum obeys the KKT conditions of min KL(p‖a).
-Nothing here knows about names, errors or messages.
+The dual is `D(lambda) = log Σ w exp(lambda·phi) - lambda·target` over the rows of a sample. Targets
+are intervals [low, high] (a point is low = high): the target of a positive lambda is `low`, that of
+a negative one `high`. So D has a kink at 0, and its minimum obeys the KKT conditions of
+min KL(p‖a).
+Names, errors and messages are in `moments`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Rows:
         starts = np.flatnonzero(np.diff(codes[order].astype(np.int64), prepend=-1))
         counts = np.diff(starts, append=n)
         log_w = log_w[order]
-        # Each row by its own largest weight: one far below the others must not vanish.
+        # Each row relative to its largest weight: one far below the others must not vanish.
         top = np.maximum.reduceat(log_w, starts)
         w = np.exp(log_w - np.repeat(top, counts))
         total = np.add.reduceat(w, starts)
@@ -106,7 +107,7 @@ class Problem:
         least, most = rows.phi.min(0), rows.phi.max(0)
         self.varies: Mask = varying(least, most)
         self.scale: Array = np.where(self.varies, (most - least) / 2, 1.0)
-        # Unweighted, so that a row of tiny weight counts as seen.
+        # Unweighted, so that a row of tiny weight has its part in the rank.
         uniform = np.full(len(rows.phi), 1 / len(rows.phi))
         self.centre: Array = uniform @ rows.phi
         self.low, self.high = (low - self.centre) / self.scale, (high - self.centre) / self.scale
@@ -118,8 +119,8 @@ class Problem:
         """Return the directions of the free features that vary on the samples, and the others."""
         values, vectors = np.linalg.eigh(self._gram[np.ix_(free, free)])
         # Exact dependence shows as 1e-16; features of 1e6 rows that differ in one, as 1e-6.
-        seen = values > 1e-13 * values.sum()
-        return vectors[:, seen], vectors[:, ~seen]
+        positive = values > 1e-13 * values.sum()
+        return vectors[:, positive], vectors[:, ~positive]
 
     def project(self, direction: Array) -> Array:
         """Return `direction · x` of every row, (U,), for a direction in half-ranges."""

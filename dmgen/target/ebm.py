@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from dmgen.target.factor import Constraint, constraint_mean
 from dmgen.target.feature_cache import FeatureCache
 from dmgen.target.fit import TargetFit, fit
 from dmgen.target.moment_fit import MomentFit
+from dmgen.target.pooling import pool
 from dmgen.validation import check_integer
 
 
@@ -37,10 +37,10 @@ class EBM:
 
     Args:
         base: the language model a.
-        constraints: `Pointwise` and `Moment` declarations; features are told apart by name.
+        constraints: `Pointwise` and `Moment` declarations; different features need different names.
         lambdas: one a `Moment`, in their order, nats; use `EBM.fit` to find them.
         prompt: the prompt of every text.
-        max_new_tokens: the longest text in tokens; None takes the base's own.
+        max_new_tokens: the longest text in tokens; None takes that of the base.
 
     Attributes:
         fit_samples: the texts that `fit` drew from the base; None for any other target.
@@ -156,11 +156,15 @@ class EBM:
         hard factor, λ = -inf (inf).
 
         Args:
-            base, constraints, prompt, max_new_tokens: as in `EBM`.
+            base: as in `EBM`.
+            constraints: as in `EBM`.
             n_samples: texts drawn for the fit.
             n_heldout: texts drawn after them, which do not shape λ, to check the moments on
                 (`moment_fit.moments_heldout`); 0 for no check.
-            seed, generator: as in `LanguageModel.sample`.
+            prompt: as in `EBM`.
+            max_new_tokens: as in `EBM`.
+            seed: as in `LanguageModel.sample`.
+            generator: as in `LanguageModel.sample`.
             proposal: model to draw from instead of the base, with weights a/q; for features that
                 are rare under the base.
 
@@ -197,7 +201,8 @@ class EBM:
         target._fit(samples, log_w)
         target.fit_samples = samples if proposal is None else None
         if n_heldout:
-            target._check_heldout(*draw(n_heldout))
+            samples, log_w = draw(n_heldout)
+            target._fitted = target.fitted.with_heldout(target.values(samples), log_w)
         return target
 
     def refit(self, drawn: Sequence[tuple[LanguageModel, Samples]]) -> EBM:
@@ -220,23 +225,7 @@ class EBM:
         Source:
             Veach and Guibas 1995 (balance heuristic), see `log_weights.balance_heuristic`.
         """
-        if not drawn:
-            raise ValueError("refit needs at least one (model, samples)")
-        parts = [part for _, part in drawn]
-        pooled = Samples.cat(parts)
-        if set(pooled.prompts) != {self.prompt}:
-            raise ValueError(
-                f"the target's prompt is {self.prompt!r}, but the samples continue "
-                f"{sorted(set(pooled.prompts))}: draw them with prompt=target.prompt"
-            )
-        lengths = sorted({part.tokens.shape[1] for part in parts})
-        if lengths != [self.max_new_tokens]:
-            raise ValueError(
-                f"the target's texts have at most {self.max_new_tokens} tokens, but the samples "
-                f"were drawn with at most {lengths}: draw them with "
-                "max_new_tokens=target.max_new_tokens"
-            )
-        log_w = _pooled_log_weights(self.base, drawn)
+        pooled, log_w, strata = pool(drawn, self.base, self.prompt, self.max_new_tokens)
         target = EBM(
             self.base,
             self.constraints,
@@ -245,8 +234,7 @@ class EBM:
             max_new_tokens=self.max_new_tokens,
         )
         target._features = self._features
-        counts = torch.tensor([len(part) for part in parts])
-        target._fit(pooled, log_w, torch.arange(len(parts)).repeat_interleave(counts))
+        target._fit(pooled, log_w, strata)
         return target
 
     def exact(self) -> Exact:
@@ -259,8 +247,8 @@ class EBM:
         list_texts = getattr(self.base, "enumerate", None)
         if list_texts is None:
             raise TypeError(
-                f"exact() needs a base whose texts can be listed, such as TabularLM, and a "
-                f"{type(self.base).__name__} cannot: use dmgen.evaluate for estimates"
+                f"exact() needs a base whose texts can be listed, such as TabularLM, not a "
+                f"{type(self.base).__name__}: use dmgen.evaluate for estimates"
             )
         samples = list_texts(self.max_new_tokens)
         values = self.values(samples)
@@ -407,30 +395,3 @@ class EBM:
             max_new_tokens=self.max_new_tokens,
             strata=strata,
         )
-
-    def _check_heldout(self, samples: Samples, log_w: Tensor) -> None:
-        """Add the moments of texts that did not shape λ to the fit."""
-        if self.moment_fit is None:
-            return
-        values = self.values(samples)
-        hard_part = torch.where(self.lambdas.isfinite(), 0.0, self.lambdas)
-        log_w = log_w + factor.log_factor(self.constraints, hard_part, values)
-        soft = factor.soft_moments(self.constraints, self.lambdas)
-        checked = self.moment_fit.with_heldout(factor.statistics(soft, values), log_w)
-        self._fitted = replace(self.fitted, moment_fit=checked)
-
-
-def _pooled_log_weights(
-    base: LanguageModel, drawn: Sequence[tuple[LanguageModel, Samples]]
-) -> Tensor:
-    """Return log a/m of all texts, `(N,)`; m mixes the models by their numbers of texts."""
-    parts = [part for _, part in drawn]
-    # Under the model that drew it, the log-probability of a text is recorded and exact.
-    columns = [
-        torch.cat([s.log_prob if i == m else model.log_prob(s) for i, s in enumerate(parts)])
-        for m, (model, _) in enumerate(drawn)
-    ]
-    recorded = [c for c, (model, _) in zip(columns, drawn, strict=True) if model is base]
-    log_base = recorded[0] if recorded else base.log_prob(Samples.cat(parts))
-    counts = torch.tensor([len(part) for part in parts])
-    return log_weights.balance_heuristic(log_base, torch.stack(columns, dim=1), counts)

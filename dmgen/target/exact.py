@@ -1,4 +1,4 @@
-"""`Exact`: a target over a base whose every text can be listed: all its numbers are sums."""
+"""`Exact`: the numbers of a target as sums, over a base whose texts can all be listed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["Exact"]
 
 @dataclass(frozen=True, eq=False)
 class Exact:
-    """The truth about a target: no estimates, no errors. Get one from `EBM.exact()`.
+    """The exact numbers of a target; made by `EBM.exact()`.
 
     Attributes:
         samples: every text of the base once.
@@ -42,35 +42,45 @@ class Exact:
         object.__setattr__(self, "kl_target_base", _kl(self.log_prob, self.log_base))
 
     def kl_target_policy(self, policy: LanguageModel) -> float:
-        """KL(p‖π) in nats; inf if the policy cannot say a text of the target."""
+        """Return KL(p‖π) in nats; inf if the policy assigns probability 0 to a text of the target.
+
+        Args:
+            policy: a model over the texts of the base.
+
+        Raises:
+            ValueError: the probabilities of these texts under the policy do not sum to 1.
+        """
         return _kl(self.log_prob, self._log_policy(policy))
 
     def kl_policy_target(self, policy: LanguageModel) -> float:
-        """KL(π‖p) in nats; inf if the policy says a text that violates a hard constraint."""
+        """Return KL(π‖p) in nats; inf if a text of the policy violates a hard constraint."""
         return _kl(self._log_policy(policy), self.log_prob)
 
     def kl_policy_base(self, policy: LanguageModel) -> float:
-        """KL(π‖a) in nats."""
+        """Return KL(π‖a) in nats."""
         return _kl(self._log_policy(policy), self.log_base)
 
     def tv(self, policy: LanguageModel) -> float:
-        """Total variation distance of p and π, `½ Σ |p − π|`, between 0 and 1."""
+        """Return the total variation distance `½ Σ |p − π|`, between 0 and 1."""
         return float(0.5 * (self.log_prob.exp() - self._log_policy(policy).exp()).abs().sum())
 
     def js(self, policy: LanguageModel) -> float:
-        """Jensen-Shannon divergence `½ KL(p‖m) + ½ KL(π‖m)`, m = (p + π)/2, nats, at most log 2."""
+        """Return the Jensen-Shannon divergence `½ KL(p‖m) + ½ KL(π‖m)`, m = (p + π)/2.
+
+        It is in nats and at most log 2.
+        """
         log_policy = self._log_policy(policy)
         log_middle = torch.logaddexp(self.log_prob, log_policy) - math.log(2)
         return 0.5 * (_kl(self.log_prob, log_middle) + _kl(log_policy, log_middle))
 
     def to_frame(self) -> pd.DataFrame:
-        """The distribution as a table: one row a text with its probabilities `a` and `p`."""
+        """Return a table with a row for each text and its probabilities `a` and `p`."""
         columns = {"a": self.log_base.exp(), "p": self.log_prob.exp()}
         probabilities = {name: column.numpy() for name, column in columns.items()}
         return pd.DataFrame({"text": self.samples.texts, **probabilities})
 
     def _log_policy(self, policy: LanguageModel) -> Tensor:
-        """log π of every text; the policy must not say anything that the base has no name for."""
+        """Return log π of every text; refuse a policy with other texts than those of the base."""
         log_policy = policy.log_prob(self.samples)
         total = float(log_policy.exp().sum())
         # Far above the rounding of a float32 model, far below any mass that would matter.
@@ -83,6 +93,6 @@ class Exact:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> float:
-    """Σ p (log p − log q), where p = 0 counts 0."""
-    seen = log_p > -math.inf
-    return float((log_p[seen].exp() * (log_p[seen] - log_q[seen])).sum())
+    """Return Σ p (log p − log q); a text with p = 0 adds 0."""
+    support = log_p > -math.inf
+    return float((log_p[support].exp() * (log_p[support] - log_q[support])).sum())

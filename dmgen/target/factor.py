@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dmgen.constraints.constraint import Moment, Pointwise
+from dmgen.constraints.feature import Feature
 from dmgen.estimates import weights as log_weights
 from dmgen.estimates.score import Score
 
@@ -19,7 +20,9 @@ __all__ = [
     "Constraint",
     "Values",
     "allowed",
+    "checked_lambdas",
     "constraint_mean",
+    "distinct_features",
     "hard_edge",
     "log_factor",
     "soft_moments",
@@ -118,3 +121,48 @@ def allowed(constraint: Constraint, values: Values) -> Tensor:
     if constraint.given is None:
         return met
     return met | ~Pointwise(constraint.given).holds(values)
+
+
+def checked_lambdas(lambdas: Sequence[float] | Tensor, moments: Sequence[Moment]) -> Tensor:
+    """Return a copy of λ as float64 `(K,)`.
+
+    Raises:
+        ValueError: it is not one number a moment, or infinite where no hard factor is meant.
+    """
+    checked = torch.as_tensor(lambdas, dtype=torch.float64).clone()
+    if checked.shape != (len(moments),) or bool(checked.isnan().any()):
+        raise ValueError(
+            f"lambdas must be {len(moments)} numbers, one for each of "
+            f"{[m.name for m in moments]}; got {checked.tolist()}"
+        )
+    for moment, weight in zip(moments, checked.tolist(), strict=True):
+        if math.isinf(weight) and hard_edge(moment) != weight:
+            raise ValueError(
+                f"lambda {weight} makes {moment.name!r} a hard factor, which needs a binary "
+                f"feature with target 1 (lambda inf) or 0 (lambda -inf), not {moment.target}"
+            )
+    return checked
+
+
+def distinct_features(constraints: Sequence[Constraint]) -> list[Feature]:
+    """Return the features of all constraints, each once.
+
+    Raises:
+        TypeError: constraints holds something other than constraints.
+        ValueError: there are no constraints, or different features have one name.
+    """
+    if not constraints:
+        raise ValueError("an EBM needs at least one Pointwise or Moment, got no constraints")
+    features: dict[str, Feature] = {}
+    for constraint in constraints:
+        if not isinstance(constraint, Pointwise | Moment):
+            raise TypeError(
+                f"constraints must be Pointwise or Moment, got {constraint!r}; wrap a feature in "
+                "dmgen.Pointwise(feature) or dmgen.Moment(feature, target)"
+            )
+        for feature in constraint.features:
+            if features.setdefault(feature.name, feature) != feature:
+                raise ValueError(
+                    f"two different features are called {feature.name!r}: give one another name="
+                )
+    return list(features.values())

@@ -21,7 +21,9 @@ from dmgen.target.factor import (
     Constraint,
     Values,
     allowed,
+    checked_lambdas,
     constraint_mean,
+    distinct_features,
     hard_edge,
     log_factor,
     soft_moments,
@@ -46,7 +48,7 @@ class TargetFit:
     and by all numbers, NaN counting as equal to NaN. `print` shows the table of `EBM`.
 
     Args:
-        constraints: `Pointwise` and `Moment` declarations; features are told apart by name.
+        constraints: `Pointwise` and `Moment` declarations; different features need different names.
         lambdas: one a `Moment`, in their order, `(K,)`, nats; ±inf for a hard factor.
         prompt: the prompt of every text.
         max_new_tokens: the longest text in tokens.
@@ -72,8 +74,8 @@ class TargetFit:
         object.__setattr__(self, "constraints", tuple(self.constraints))
         object.__setattr__(self, "max_new_tokens", int(self.max_new_tokens))
         object.__setattr__(self, "base_moments", dict(self.base_moments))
-        _distinct_features(self.constraints)
-        object.__setattr__(self, "lambdas", _checked_lambdas(self.lambdas, self.moments))
+        distinct_features(self.constraints)
+        object.__setattr__(self, "lambdas", checked_lambdas(self.lambdas, self.moments))
 
     @property
     def moments(self) -> list[Moment]:
@@ -83,7 +85,21 @@ class TargetFit:
     @property
     def features(self) -> list[Feature]:
         """The features of all constraints, each once."""
-        return _distinct_features(self.constraints)
+        return distinct_features(self.constraints)
+
+    def with_heldout(self, values: Values, log_w: Tensor) -> TargetFit:
+        """Return this fit with the moments of texts that did not shape λ.
+
+        Args:
+            values: feature values `(N,)` by name.
+            log_w: log a − log q of each text, `(N,)`, nats.
+        """
+        if self.moment_fit is None:
+            return self
+        hard_part = torch.where(self.lambdas.isfinite(), 0.0, self.lambdas)
+        log_w = log_w + log_factor(self.constraints, hard_part, values)
+        columns = statistics(soft_moments(self.constraints, self.lambdas), values)
+        return replace(self, moment_fit=self.moment_fit.with_heldout(columns, log_w))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fit as plain values for JSON, which `from_dict` reads.
@@ -217,7 +233,8 @@ def fit(
         values: feature values `(N,)` by name.
         log_w: log a − log q of each text, `(N,)`, nats; a and q normalised.
         binary: whether each feature is binary, by name.
-        prompt, max_new_tokens: those of the texts.
+        prompt: that of the texts.
+        max_new_tokens: that of the texts.
         strata: as in `log_weights.log_z`.
 
     Raises:
@@ -307,39 +324,3 @@ def _target_text(constraint: Constraint) -> str:
     if isinstance(constraint.target, tuple):
         return "mean {:g} to {:g}".format(*constraint.target)
     return f"mean {constraint.target:g}"
-
-
-def _checked_lambdas(lambdas: Sequence[float] | Tensor, moments: Sequence[Moment]) -> Tensor:
-    """Return a copy of λ as float64 `(K,)`: one a moment, infinite only for a hard factor."""
-    checked = torch.as_tensor(lambdas, dtype=torch.float64).clone()
-    if checked.shape != (len(moments),) or bool(checked.isnan().any()):
-        raise ValueError(
-            f"lambdas must be {len(moments)} numbers, one for each of "
-            f"{[m.name for m in moments]}; got {checked.tolist()}"
-        )
-    for moment, weight in zip(moments, checked.tolist(), strict=True):
-        if math.isinf(weight) and hard_edge(moment) != weight:
-            raise ValueError(
-                f"lambda {weight} makes {moment.name!r} a hard factor, which needs a binary "
-                f"feature with target 1 (lambda inf) or 0 (lambda -inf), not {moment.target}"
-            )
-    return checked
-
-
-def _distinct_features(constraints: Sequence[Constraint]) -> list[Feature]:
-    """Return the features of all constraints, each once; refuse different ones of one name."""
-    if not constraints:
-        raise ValueError("an EBM needs at least one Pointwise or Moment, got no constraints")
-    features: dict[str, Feature] = {}
-    for constraint in constraints:
-        if not isinstance(constraint, Pointwise | Moment):
-            raise TypeError(
-                f"constraints must be Pointwise or Moment, got {constraint!r}; wrap a feature in "
-                "dmgen.Pointwise(feature) or dmgen.Moment(feature, target)"
-            )
-        for feature in constraint.features:
-            if features.setdefault(feature.name, feature) != feature:
-                raise ValueError(
-                    f"two different features are called {feature.name!r}: give one another name="
-                )
-    return list(features.values())

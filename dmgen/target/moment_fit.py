@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -31,15 +31,15 @@ class MomentFit:
 
     Attributes:
         lambdas, lambdas_stderr: the fit and its error; both 0 for an interval that is not active.
-            With collinear features only lambda·phi is determined: the smallest lambda is given
-            (each measured in half the range of its feature), and the error belongs to that one.
+            With collinear features only lambda·phi is determined: this is the smallest lambda
+            (each in half-ranges of its feature), with its error.
         moments: moments of p on the fitting sample, equal to the targets by construction.
         moments_stderr: error of `moments` as an estimate of the true moments of the fitted p; to
             first order also the error of a fresh estimate from as many samples.
         base_moments, base_moments_stderr: moments of the base on the samples with positive weight.
         targets: (K,), or (K, 2) for intervals.
-        hits: samples of positive weight whose feature is not 0; given a condition, whose statistic
-            is not.
+        hits: number of samples of positive weight whose feature is not 0; for a conditional moment,
+            whose statistic is not 0.
         log_z, log_z_stderr: `logsumexp(lw + lambda·phi) - logsumexp(lw)`, nats.
         kl_target_base, kl_target_base_stderr: KL(p‖a) = lambda·target - log Z, nats.
         ess: effective number of samples under p.
@@ -141,16 +141,17 @@ class MomentFit:
             ValueError: a field is missing or unknown.
         """
         known = {field.name: str(field.type) for field in fields(cls)}
-        if mapping.keys() != known.keys():
-            strange = sorted(mapping.keys() ^ known.keys())
-            raise ValueError(f"a moment fit has the fields {sorted(known)}, check {strange}")
+        needed = {field.name for field in fields(cls) if field.default is MISSING}
+        strange = sorted(needed - mapping.keys() | mapping.keys() - known.keys())
+        if strange:
+            raise ValueError(f"a moment fit has {', '.join(known)}; check {', '.join(strange)}")
         values: dict[str, Any] = dict(mapping)
-        for name, kind in known.items():
+        for name in values:
             if name == "hits":
                 values[name] = np.array(values[name], dtype=np.int64)
-            elif kind.startswith("Array") and values[name] is not None:
+            elif known[name].startswith("Array") and values[name] is not None:
                 values[name] = np.array(values[name], dtype=np.float64)
-            elif kind == "float":
+            elif known[name] == "float":
                 values[name] = float(values[name])
         return cls(**values | {"names": tuple(mapping["names"])})
 

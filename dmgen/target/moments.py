@@ -54,7 +54,7 @@ def fit_lambdas(
     max_steps: int = 100,
     names: Sequence[str] | None = None,
 ) -> MomentFit:
-    """Return the lambda for which the reweighted samples have the given moments, with its errors.
+    """Return the lambda for which the reweighted samples have these moments, with its errors.
 
     Minimises `log Σ ω exp(lambda·phi) - lambda·target`, ω the normalised weights, by a regularised
     Newton method with the exact Hessian. An interval [low, high] leaves lambda = 0 where the
@@ -253,8 +253,8 @@ def _moment_fit(
 def _inverse_hessian(problem: Problem, point: Point) -> Array:
     """Return d(lambda)/d(moments), (K, K): pseudo-inverse covariance of the active features."""
     active = problem.varies & ((point.theta != 0) | (problem.low == problem.high))
-    seen = problem.basis(active)[0]
+    spanned = problem.basis(active)[0]
     inverse = np.zeros_like(point.cov)
     block = np.ix_(active, active)
-    inverse[block] = seen @ np.linalg.pinv(seen.T @ point.cov[block] @ seen) @ seen.T
+    inverse[block] = spanned @ np.linalg.pinv(spanned.T @ point.cov[block] @ spanned) @ spanned.T
     return inverse / np.outer(problem.scale, problem.scale)

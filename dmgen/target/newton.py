@@ -10,8 +10,8 @@ import numpy as np
 from dmgen.target.dual import ROUNDING, Array, Mask, Point, Problem
 from dmgen.target.reachability import Certificate, separating_direction
 
-# A fit that needs more steps than this is far from a hard target, or has no minimum to find; the
-# linear programme that decides it costs about as much as a few steps.
+# A fit that needs more steps than this has a target far away, or no minimum; the linear programme
+# that decides which costs about as much as a few steps.
 _STEPS_BEFORE_PROOF = 15
 
 
@@ -23,7 +23,7 @@ class _Active:
     edge: Array  # (K,) target in force; 0 where not free
     side: Array  # (K,) the sign lambda must keep; 0 for any
     gradient: Array  # (F,) mean - edge of the free features
-    seen: Array  # (F, R) directions in which they vary
+    spanned: Array  # (F, R) directions in which they vary
     blind: Array  # (F, F - R) directions in which they do not
 
     @classmethod
@@ -36,32 +36,32 @@ class _Active:
         free = problem.varies & (exact | up | down)
         edge = np.where(free, np.where(exact | up, low, high), 0.0)
         side = np.where(exact | ~free, 0.0, np.where(up, 1.0, -1.0))
-        seen, blind = problem.basis(free)
-        return cls(free, edge, side, (mean - edge)[free], seen, blind)
+        spanned, blind = problem.basis(free)
+        return cls(free, edge, side, (mean - edge)[free], spanned, blind)
 
     @property
     def conflict(self) -> bool:
-        """Whether the targets disagree in a direction in which the samples do not vary."""
+        """Whether the targets differ in a direction in which the samples do not vary."""
         return bool(np.abs(self.blind.T @ self.gradient).max(initial=0.0) > ROUNDING)
 
     def settled(self, point: Point, tol: float) -> bool:
-        """Whether the moments match in all seen directions, and an exact match exists nearby.
+        """Return whether the moments match in all spanned directions, and can match exactly.
 
-        The second half keeps targets on the edge of the hull from passing as reached once lambda
-        is large. If p has standard deviation s along v and its support has diameter R, the hull
-        goes at least s²/R beyond the mean along v (Bhatia and Davis), so a mismatch below that in
-        every direction leaves the target strictly inside.
+        The second condition keeps targets on the edge of the hull from counting as reached once
+        lambda is large. If p has standard deviation s along v and its support has diameter R, the
+        hull goes at least s²/R beyond the mean along v (Bhatia and Davis), so a mismatch below that
+        in every direction leaves the target strictly inside.
         """
         if not self.free.any():
             return True
         cov = point.cov[np.ix_(self.free, self.free)]
-        gradient = self.seen @ (self.seen.T @ self.gradient)
+        gradient = self.spanned @ (self.spanned.T @ self.gradient)
         if (np.abs(gradient) > tol * np.sqrt(np.diag(cov))).any():
             return False
-        values, vectors = np.linalg.eigh(self.seen.T @ cov @ self.seen)
+        values, vectors = np.linalg.eigh(self.spanned.T @ cov @ self.spanned)
         if values.min(initial=math.inf) <= 0:
             return False
-        mismatch = np.linalg.norm((vectors.T @ (self.seen.T @ gradient)) / np.sqrt(values))
+        mismatch = np.linalg.norm((vectors.T @ (self.spanned.T @ gradient)) / np.sqrt(values))
         diameter = 2 * math.sqrt(len(gradient))
         return bool(2 * diameter * mismatch <= math.sqrt(values.min(initial=math.inf)))
 
@@ -69,10 +69,10 @@ class _Active:
         """Return theta after a Newton step regularised by `damping · |gradient|`, (K,)."""
         cov = point.cov[np.ix_(self.free, self.free)]
         ridge = damping * float(np.linalg.norm(self.gradient))
-        hessian = self.seen.T @ cov @ self.seen + ridge * np.eye(self.seen.shape[1])
-        step = -self.seen @ np.linalg.solve(hessian, self.seen.T @ self.gradient)
+        hessian = self.spanned.T @ cov @ self.spanned + ridge * np.eye(self.spanned.shape[1])
+        step = -self.spanned @ np.linalg.solve(hessian, self.spanned.T @ self.gradient)
         if self.conflict and self.side.any():
-            # D falls for ever along a blind direction, until an interval lets go at lambda = 0.
+            # Along a blind direction D falls without bound, until an interval is inactive at 0.
             step -= self.blind @ (self.blind.T @ self.gradient) / ridge
         theta = point.theta.copy()
         theta[self.free] += step
@@ -85,8 +85,9 @@ def minimise(
     """Return the last point, the evaluations of D, whether it is the minimum, or why there is none.
 
     Newton's method with the ridge `c |gradient|` (Mishchenko 2023, 2112.02089), c adapted: steps
-    are short far away and become pure Newton at the end. A step is kept if D falls by a tenth of
-    what the quadratic model says; where that is below the rounding of D, if the gradient falls.
+    are short far from the minimum and become pure Newton steps near it. A step is kept if D falls
+    by at least a tenth of the fall in the quadratic model; where that is below the rounding of D,
+    if the gradient falls.
     """
     point = Point.at(problem, np.zeros_like(problem.scale), *problem.rows.tilt(problem.scale * 0))
     damping = 0.25

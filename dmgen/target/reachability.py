@@ -1,4 +1,4 @@
-"""The proof that moments cannot be reached: a direction that no weighting of the texts can take."""
+"""The proof that moments are unreachable: a direction with the targets beyond all samples."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ def _certificate(problem: Problem, v: Array, projections: Array, margin: float) 
     largest = projections.max()
     direction = v / problem.scale
     unit = np.abs(direction).max()
-    seen = float((largest + direction @ problem.centre) / unit)
+    largest_seen = float((largest + direction @ problem.centre) / unit)
     n_at_largest = int(problem.rows.counts[projections >= largest - ROUNDING].sum())
     on_edge = margin <= ROUNDING
-    asked = seen + (0.0 if on_edge else float(margin / unit))
-    return Certificate(direction / unit, seen, asked, n_at_largest, on_edge)
+    least = largest_seen + (0.0 if on_edge else float(margin / unit))
+    return Certificate(direction / unit, largest_seen, least, n_at_largest, on_edge)
 
 
 def _cutting_planes(problem: Problem, chosen: list[int], edge: bool) -> Array:

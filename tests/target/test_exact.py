@@ -100,7 +100,7 @@ def test_a_base_that_cannot_list_its_texts_is_refused(world):
     class Unlistable:
         max_new_tokens = 4
 
-    with pytest.raises(TypeError, match=r"Unlistable cannot: use dmgen\.evaluate"):
+    with pytest.raises(TypeError, match=r"not a Unlistable: use dmgen\.evaluate"):
         EBM(Unlistable(), [Pointwise(HAS_A)]).exact()
 
 
