@@ -160,7 +160,11 @@ def draw_points(
 
     Args:
         ax: axes to draw into.
-        frame, value, x, colours, label: as in `draw_curves`.
+        frame: as in `draw_curves`.
+        value: the column.
+        x: the column of the x axis.
+        colours: as in `draw_curves`.
+        label: of the points; None is the name of the method.
     """
     for method, rows, (colour, _) in _by_method(frame, value, colours):
         ax.errorbar(
@@ -177,7 +181,9 @@ def draw_intervals(
 
     Args:
         ax: axes to draw into; `panel(rows=...)` gives axes of the right height.
-        frame, value, colours: as in `draw_curves`.
+        frame: as in `draw_curves`.
+        value: the column.
+        colours: as in `draw_curves`.
     """
     methods = list(dict.fromkeys(frame["method"]))
     for method, rows, (colour, _) in _by_method(frame, value, colours):

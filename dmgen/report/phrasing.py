@@ -154,7 +154,7 @@ def span(low: float, high: float) -> str:
 
 def _paid(paid: Score) -> str:
     if not math.isfinite(paid.value):
-        return "The policy writes texts that the base cannot write."
+        return "The policy writes texts to which the base assigns probability 0."
     times = math.exp(min(max(paid.value, 0.0), 700.0))
     return (
         "How far the policy has moved from the base: what it writes is, on (geometric) average, "

@@ -235,7 +235,7 @@ def _text_cell(text: str, model: str, pair: TextPair, features: Sequence[Feature
 
 
 def _marked(text: str, features: Sequence[Feature]) -> list[_Piece]:
-    """Return the text with the matches of all features marked, those that overlap as one."""
+    """Return the text with the matches of all features marked, where they overlap only once."""
     pieces = []
     done = 0
     for start, end in sorted(span for feature in features for span in feature.spans(text)):

@@ -9,11 +9,12 @@ import pytest
 import torch
 import yaml
 
-from dmgen import EBM, features, storage
+from dmgen import EBM, features
 from dmgen.experiment import versions
 from dmgen.experiment.config import RunConfig
-from dmgen.experiment.publish import load_published, save_target
+from dmgen.experiment.publish import load_published
 from dmgen.report import write_model_card
+from dmgen.training import run_folder
 
 
 def test_the_card_holds_the_verdicts_and_prices(make_run):
@@ -97,7 +98,7 @@ def test_a_published_classifier_comes_with_the_policy(make_run, tmp_path, plain_
     config = RunConfig(base="tiny-bios", constraints=[{"pointwise": classifier}], device="cuda:7")
     versions.write_config(folder, config.to_mapping())
     target = EBM(plain_base, config.build_constraints())
-    save_target(folder, target)
+    target.save(folder)
     write_model_card(folder)
     shutil.rmtree(tmp_path / "head")
     moved = shutil.move(folder / "policy", tmp_path / "elsewhere")
