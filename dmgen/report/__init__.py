@@ -1,4 +1,4 @@
-"""Run folders as self-contained HTML pages, their plots, and the model card of a policy."""
+"""Runs as self-contained HTML pages, their plots, and the model card of a policy."""
 
 from dmgen.report.comparison import write_comparison
 from dmgen.report.model_card import write_model_card

@@ -1,4 +1,4 @@
-"""Plots of runs: DataFrames in, matplotlib out. matplotlib is needed only here (`dmgen[plots]`).
+"""Plots of runs, from DataFrames by matplotlib, which only this file needs (`dmgen[plots]`).
 
 A frame has the columns `method` (a colour), `seed` (a run of that method), an x such as `samples`
 (texts drawn so far) and any number of value columns. Where a value has the columns `<value>_low`
@@ -35,23 +35,23 @@ __all__ = [
     "to_png",
 ]
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart; the line style says it again.
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 _DASHES = ("-", "--", "-.", ":")
 _QUIET = "#5b6673"
-# Points of a line beyond which nobody sees a difference, but the page gets heavy.
+# More points on a line make the page larger without a visible difference.
 _MOST_POINTS = 1000
 
 Colours = Mapping[str, tuple[str, str]]
 
 
 def available() -> bool:
-    """Whether matplotlib is installed."""
+    """Return whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def need_matplotlib() -> None:
-    """Raises ImportError, with what to do, if matplotlib is not installed."""
+    """Raise ImportError, with the command to install it, if matplotlib is not installed."""
     if not available():
         raise ImportError(
             "plots need matplotlib, which is not installed: pip install 'dmgen[plots]'"
@@ -59,7 +59,7 @@ def need_matplotlib() -> None:
 
 
 def palette(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """(colour, line style) by method, in the order given; pass it on to keep colours the same."""
+    """Return (colour, line style) by method, for all figures that show the same methods."""
     unique = list(dict.fromkeys(methods))
     return {
         method: (_COLOURS[i % len(_COLOURS)], _DASHES[i // len(_COLOURS) % len(_DASHES)])
@@ -70,7 +70,7 @@ def palette(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
 def panel(
     title: str, *, xlabel: str = "texts drawn for training", log: bool = False, rows: int = 0
 ) -> tuple[Figure, Axes]:
-    """A small figure with one plot, readable on a telephone and beside others on a wide screen.
+    """Return a small figure with one plot, for a telephone or beside others on a wide screen.
 
     Args:
         title: what the y axis shows, with its unit.
@@ -108,13 +108,13 @@ def draw_curves(
     colours: Colours | None = None,
     label: str | None = None,
 ) -> None:
-    """Draws a value over x: a line a method, the mean of its seeds, in a band from least to most.
+    """Draw a value over x: for each method the mean of its seeds, in a band from least to most.
 
     Where some seeds have no value at an x, the mean would jump: the line ends where the shortest
     seed ends. A method with one seed is drawn with its unsmoothed values, faint, behind the line.
 
     Args:
-        ax: where to draw.
+        ax: axes to draw into.
         frame: columns method, seed, x and the value; nothing is drawn where it has no value.
         value: the column.
         x: the column of the x axis.
@@ -125,10 +125,10 @@ def draw_curves(
     Raises:
         ValueError: a seed of a method has two values at an x.
     """
-    for method, own, (colour, dashes) in _by_method(frame, value, colours):
-        if own.duplicated([x, "seed"]).any():
+    for method, rows, (colour, dashes) in _by_method(frame, value, colours):
+        if rows.duplicated([x, "seed"]).any():
             raise ValueError(f"{method!r} has two rows of {value!r} with the same {x} and seed")
-        raw = own.pivot(index=x, columns="seed", values=value).sort_index()
+        raw = rows.pivot(index=x, columns="seed", values=value).sort_index()
         smooth = raw.rolling(window, min_periods=1).mean()
         whole = smooth.dropna()
         if whole.empty:  # no x that all seeds have
@@ -156,14 +156,19 @@ def draw_points(
     colours: Colours | None = None,
     label: str | None = None,
 ) -> None:
-    """Draws measured values as points, each with its interval where the frame has one.
+    """Draw measured values as points, each with its interval where the frame has one.
 
     Args:
-        (as in `draw_curves`)
+        ax: axes to draw into.
+        frame: as in `draw_curves`.
+        value: the column.
+        x: the column of the x axis.
+        colours: as in `draw_curves`.
+        label: of the points; None is the name of the method.
     """
-    for method, own, (colour, _) in _by_method(frame, value, colours):
+    for method, rows, (colour, _) in _by_method(frame, value, colours):
         ax.errorbar(
-            own[x], own[value], yerr=_errors(own, value), fmt="o", color=colour, markersize=4.5,
+            rows[x], rows[value], yerr=_errors(rows, value), fmt="o", color=colour, markersize=4.5,
             markeredgecolor="white", markeredgewidth=0.7, elinewidth=1.3, capsize=2, zorder=3,
             label=method if label is None else label,
         )  # fmt: skip
@@ -172,17 +177,20 @@ def draw_points(
 def draw_intervals(
     ax: Axes, frame: pd.DataFrame, value: str, *, colours: Colours | None = None
 ) -> None:
-    """Draws a value along x: a row a method, a point with its interval for each seed.
+    """Draw a value along x: a row for each method, a point with its interval for each seed.
 
     Args:
-        (as in `draw_curves`; `panel(rows=...)` gives axes of the right height)
+        ax: axes to draw into; `panel(rows=...)` gives axes of the right height.
+        frame: as in `draw_curves`.
+        value: the column.
+        colours: as in `draw_curves`.
     """
     methods = list(dict.fromkeys(frame["method"]))
-    for method, own, (colour, _) in _by_method(frame, value, colours):
+    for method, rows, (colour, _) in _by_method(frame, value, colours):
         # Seeds side by side within the row of their method.
-        shift = np.linspace(-0.25, 0.25, len(own)) if len(own) > 1 else np.zeros(1)
+        shift = np.linspace(-0.25, 0.25, len(rows)) if len(rows) > 1 else np.zeros(1)
         ax.errorbar(
-            own[value], methods.index(method) + shift, xerr=_errors(own, value), fmt="o",
+            rows[value], methods.index(method) + shift, xerr=_errors(rows, value), fmt="o",
             color=colour, markersize=4.5, markeredgecolor="white", markeredgewidth=0.7,
             elinewidth=1.4, zorder=3,
         )  # fmt: skip
@@ -197,14 +205,14 @@ def draw_target(
     *,
     tolerance: float = 0.0,
     vertical: bool = False,
-    label: str = "asked",
+    label: str = "requested",
 ) -> None:
-    """Draws what was asked: a dashed line, two for an interval, and the tolerance as a band.
+    """Draw the requested value: a dashed line, two for an interval, and the tolerance as a band.
 
     Args:
-        ax: where to draw.
+        ax: axes to draw into.
         target: a number, or (low, high).
-        tolerance: how far off a verdict lets a mean be.
+        tolerance: distance from the target that a verdict allows.
         vertical: the value is on the x axis.
         label: for the legend.
     """
@@ -217,13 +225,13 @@ def draw_target(
 
 
 def draw_level(ax: Axes, y: float, label: str, *, vertical: bool = False) -> None:
-    """Draws a dotted line at a value that stays the same, such as that of the base."""
+    """Draw a dotted line at a constant value, such as that of the base."""
     line = ax.axvline if vertical else ax.axhline
     line(y, color=_QUIET, linestyle=":", linewidth=1.3, label=label)
 
 
 def finish(ax: Axes) -> None:
-    """Adds the legend, where there is something to tell apart, and numbers that can be read."""
+    """Add a legend for more than one label, and short numbers on the axis of texts."""
     from matplotlib.ticker import EngFormatter
 
     if ax.get_xscale() == "linear" and ax.get_xlabel().startswith("texts"):
@@ -236,7 +244,7 @@ def finish(ax: Axes) -> None:
 
 
 def to_data_uri(figure: Figure) -> str:
-    """The figure as a data URI of an SVG: text as outlines, the same bytes for the same figure."""
+    """Return the figure as a data URI of an SVG; equal figures give equal bytes."""
     import matplotlib
 
     buffer = io.BytesIO()
@@ -246,7 +254,7 @@ def to_data_uri(figure: Figure) -> str:
 
 
 def to_png(figure: Figure, *, dpi: int = 200) -> bytes:
-    """The figure as the bytes of a PNG file."""
+    """Return the figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
     return buffer.getvalue()
@@ -255,7 +263,7 @@ def to_png(figure: Figure, *, dpi: int = 200) -> bytes:
 def _by_method(
     frame: pd.DataFrame, value: str, colours: Colours | None
 ) -> Iterable[tuple[str, pd.DataFrame, tuple[str, str]]]:
-    """The finite rows of each method that has any, with its colour and line style."""
+    """Yield the finite rows of each method that has any, with its colour and line style."""
     if value not in frame:
         return
     known = palette(frame["method"]) if colours is None else colours
@@ -265,7 +273,7 @@ def _by_method(
 
 
 def _errors(frame: pd.DataFrame, value: str) -> Any:
-    """Distances to the ends of the intervals, (2, N); None where the frame has no intervals."""
+    """Return distances to the ends of the intervals, (2, N); None without intervals."""
     if f"{value}_low" not in frame:
         return None
     ends = [frame[value] - frame[f"{value}_low"], frame[f"{value}_high"] - frame[value]]
@@ -273,16 +281,16 @@ def _errors(frame: pd.DataFrame, value: str) -> Any:
 
 
 def _thin(table: pd.DataFrame) -> pd.DataFrame:
-    """At most about a thousand rows, evenly spaced, the last one among them."""
+    """Return at most about a thousand rows, evenly spaced, the last one among them."""
     step = -(-len(table) // _MOST_POINTS)
     return table.iloc[::-1].iloc[:: max(step, 1)].iloc[::-1]
 
 
 def _literal(text: str) -> str:
-    """Text that matplotlib shows as it is: a pattern such as ^a$|^b$ would be read as mathtext."""
+    """Return text that matplotlib shows as it is; it reads ^a$|^b$ as mathtext."""
     return text.replace("$", r"\$")
 
 
 def _wrapped(label: str) -> str:
-    """A long label in lines at its commas."""
+    """Return a long label in lines that end at its commas."""
     return label.replace(", ", ",\n") if len(label) > 14 else label

@@ -1,8 +1,8 @@
-"""The panels of the pages: which plots there are, and how to read each."""
+"""Panels of the pages: the choice of plots, each with a caption."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +11,22 @@ import numpy as np
 
 from dmgen.estimates.score import Score
 from dmgen.evaluation.verdicts import LEVEL, TOLERANCE
+from dmgen.experiment.result import Run
 from dmgen.report import figures
-from dmgen.report.markup import Markup, tag
-from dmgen.report.read import RunRecord, bases_of, evaluations_frame, goals_of, metrics_frame
+from dmgen.report.run_values import (
+    Target,
+    base_moments_in_common,
+    constraints_of,
+    evaluations_frame,
+    metrics_frame,
+    targets_in_common,
+)
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# What the metrics of training may hold of the noise in a step: column, title, how to read it.
+# Metrics of training about the noise in a step: column, title, caption.
 _NOISE = (
     ("grad_variance", "Variance of the gradient", "Trace of the covariance over a batch."),
     ("grad_norm", "Norm of the gradient", "Of the step, before any clipping."),
@@ -31,32 +38,21 @@ _NOISE = (
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with its file name (without suffix), and how to read it."""
+    """A figure with its file name (without suffix), its title and its caption."""
 
     name: str
     figure: Figure
     title: str
     caption: str
 
-
-def figure_grid(panels: Iterable[Panel]) -> Markup:
-    """The panels side by side, each with its caption."""
-    return tag(
-        "div",
-        *(
-            tag(
-                "figure",
-                tag("img", src=figures.to_data_uri(p.figure), alt=f"{p.title}. {p.caption}"),
-                tag("figcaption", p.caption),
-            )
-            for p in panels
-        ),
-        class_="figures",
-    )
+    @property
+    def image(self) -> str:
+        """Return the figure as a data URI."""
+        return figures.to_data_uri(self.figure)
 
 
 def save_pngs(panels: Iterable[Panel], page: Path) -> list[Path]:
-    """Writes each panel as `<page>-<name>.png` next to the page."""
+    """Write each panel as `<page>-<name>.png` next to the page."""
     written = []
     for panel in panels:
         path = page.with_name(f"{page.stem}-{panel.name}.png")
@@ -66,61 +62,61 @@ def save_pngs(panels: Iterable[Panel], page: Path) -> list[Path]:
 
 
 class Curves:
-    """The frames of some runs, and the panels that are drawn from them.
+    """The frames of some runs, and the panels drawn from them.
 
     Args:
-        records: the runs.
+        runs: the runs.
         names: (method, seed) of each; methods are colours, seeds make bands.
     """
 
-    def __init__(self, records: Sequence[RunRecord], names: Sequence[tuple[str, Any]]) -> None:
-        self.records = records
-        self.metrics = metrics_frame(records, names)
+    def __init__(self, runs: Sequence[Run], names: Sequence[tuple[str, Any]]) -> None:
+        self.runs = runs
+        self.metrics = metrics_frame(runs, names)
         if "advantage_mean" in self.metrics:
             self.metrics["advantage_bias"] = self.metrics["advantage_mean"].abs()
-        self.evaluations = evaluations_frame(records, names)
+        self.evaluations = evaluations_frame(runs, names)
         self.colours = figures.palette(method for method, _ in names)
-        longest = max((len(record.metrics) for record in records), default=0)
+        longest = max((len(run.history) for run in runs), default=0)
         self.window = max(1, longest // 20)
 
     @property
     def reading(self) -> str:
-        """How lines, bands and points are to be read."""
+        """Return how lines, bands and points are to be read."""
         steps = f"the mean of the last {self.window} steps" if self.window > 1 else "a step each"
-        bands = "; band: from the lowest to the highest seed" if len(self.records) > 1 else ""
+        bands = "; band: from the lowest to the highest seed" if len(self.runs) > 1 else ""
         return (
             f"Lines: training batches, {steps}{bands}. Points: measured on fresh texts, with "
             "99 % intervals."
         )
 
     def moments(self) -> list[Panel]:
-        """A panel a feature: its mean under the policy, and what was asked."""
+        """Return a panel for each feature: its mean under the policy, and the requested one."""
         columns = [c for c in self.metrics if str(c).startswith("moment/")]
-        asked, bases = goals_of(self.records), bases_of(self.records)
+        targets, bases = targets_in_common(self.runs), base_moments_in_common(self.runs)
         panels = []
         for i, name in enumerate(str(c).removeprefix("moment/") for c in columns):
             figure, ax = figures.panel(f"Mean of {name}")
-            if name in asked:
-                figures.draw_target(ax, asked[name], tolerance=self._tolerance)
+            if name in targets:
+                figures.draw_target(ax, targets[name], tolerance=self._tolerance)
             if name in bases:
                 figures.draw_level(ax, bases[name].value, "base")
             self._draw(ax, f"moment/{name}", measured=f"E[{name}]")
-            caption = "Dashed: what was asked, in the band that a verdict allows."
-            if name not in asked:
-                caption = "It is part of a condition; of itself nothing was asked of it."
-                if any(name == c.name for r in self.records for c in r.constraints):
-                    caption = "Not all runs were asked the same of it."
+            caption = "Dashed: the requested mean, in the band that a verdict allows."
+            if name not in targets:
+                caption = "It is part of a condition; its own mean has no constraint."
+                if any(name == c.name for r in self.runs for c in constraints_of(r)):
+                    caption = "Not all runs request the same mean."
             panels.append(Panel(f"moment-{i + 1}", figure, f"Mean of {name}", caption))
         return panels
 
     def distance(self) -> Panel:
-        """KL(p‖π) of training and evaluations; beside KL(p‖q) if this is a single run."""
+        """Return KL(p‖π) of training and evaluations, and KL(p‖q) if this is a single run."""
         title = "Still missing: KL(p‖π), nats"
         figure, ax = figures.panel(title)
         least = self._least()
         if least is not None:
             figures.draw_level(ax, least.value, "base: KL(p‖a)")
-        single = len(self.records) == 1
+        single = len(self.runs) == 1
         if single and self._off_policy():
             series = figures.palette(["policy", "proposal q"])
             for column, label in zip(
@@ -138,7 +134,7 @@ class Curves:
         return Panel("kl-target-policy", figure, title, caption)
 
     def paid(self) -> Panel | None:
-        """KL(π‖a) of the evaluations; None where there is none."""
+        """Return KL(π‖a) of the evaluations; None where there is none."""
         if "kl_policy_base" not in self.evaluations:
             return None
         title = "Paid: KL(π‖a), nats"
@@ -157,11 +153,11 @@ class Curves:
         return Panel("kl-policy-base", figure, title, caption)
 
     def weights(self) -> list[Panel]:
-        """The effective sample size of a batch, and log Z with its error."""
+        """Return the effective sample size of a batch, and log Z with its error."""
         title = "Effective texts in a batch (ESS)"
         figure, ax = figures.panel(title)
         self._draw(ax, "ess")
-        sizes = {r.config.trainer.batch_size for r in self.records if r.config}
+        sizes = {r.config.trainer.batch_size for r in self.runs if r.config}
         sizes = sizes if len(sizes) == 1 else set()
         for size in sizes:
             figures.draw_level(ax, size, "batch size")
@@ -172,7 +168,7 @@ class Curves:
         title = "log Z, nats"
         figure, ax = figures.panel(title)
         self._draw(ax, "log_z", smooth=False)
-        if len(self.records) == 1 and "log_z_stderr" in self.metrics:
+        if len(self.runs) == 1 and "log_z_stderr" in self.metrics:
             x, log_z = self.metrics["samples"], self.metrics["log_z"]
             half = Score(0.0, 1.0, 1).interval(LEVEL)[1] * self.metrics["log_z_stderr"]
             finite = np.isfinite(log_z) & np.isfinite(half)
@@ -181,12 +177,12 @@ class Curves:
             )
         figures.finish(ax)
         caption = "Pooled over all texts so far, with its 99 % interval; it should settle."
-        if len(self.records) > 1:
+        if len(self.runs) > 1:
             caption = "Pooled over all texts so far; it should settle."
         return [*panels, Panel("log-z", figure, title, caption)]
 
     def noise(self) -> list[Panel]:
-        """What the gradient's noise was, as far as it was recorded."""
+        """Return the noise of the gradient and the advantage, as far as it was recorded."""
         panels = []
         for column, title, caption in _NOISE:
             if column not in self.metrics or not (self.metrics[column] > 0).any():
@@ -196,22 +192,22 @@ class Curves:
             panels.append(Panel(column.replace("_", "-"), figure, title, caption))
         return panels
 
-    def finals(self, metrics: Iterable[tuple[str, str]], goals: dict[str, Any]) -> list[Panel]:
-        """The last evaluations beside each other, a panel a metric.
+    def finals(self, titles: Mapping[str, str], targets: Mapping[str, Target]) -> list[Panel]:
+        """Return the last evaluations beside each other, a panel for each metric.
 
         Args:
-            metrics: (name in the evaluations, title).
-            goals: what was asked, by name of the metric.
+            titles: title of each metric, by its name in `evaluations`.
+            targets: the requested means, by name of the metric.
         """
         if self.evaluations.empty:
             return []
         last = self.evaluations[self.evaluations["final"]]
         panels = []
-        for i, (metric, title) in enumerate(metrics):
+        for i, (metric, title) in enumerate(titles.items()):
             rows = last["method"].nunique()
             figure, ax = figures.panel(title, xlabel="", rows=rows + rows // 2)
-            if metric in goals:
-                figures.draw_target(ax, goals[metric], tolerance=self._tolerance, vertical=True)
+            if metric in targets:
+                figures.draw_target(ax, targets[metric], tolerance=self._tolerance, vertical=True)
             figures.draw_intervals(ax, last, metric, colours=self.colours)
             caption = "A point a seed, with its 99 % interval on fresh texts."
             panels.append(Panel(f"final-{i + 1}", figure, title, caption))
@@ -219,18 +215,17 @@ class Curves:
 
     @property
     def _measured(self) -> str | None:
-        """The label of measured points: methods are told apart by their lines already."""
+        """Return the label of measured points; the lines already tell several methods apart."""
         return "measured" if len(self.colours) == 1 else None
 
     @property
     def _tolerance(self) -> float:
-        found = [r.final["tolerance"] for r in self.records if r.final]
-        return float(found[0]) if found else TOLERANCE
+        return next((r.evaluation.tolerance for r in self.runs if r.evaluation), TOLERANCE)
 
     def _draw(
         self, ax: Axes, column: str, *, measured: str | None = None, smooth: bool = True
     ) -> None:
-        """A column of the metrics, and the measured points that belong to it."""
+        """Draw a column of the metrics, and the measured points that belong to it."""
         figures.draw_curves(
             ax, self.metrics, column, window=self.window if smooth else 1, colours=self.colours
         )
@@ -241,14 +236,14 @@ class Curves:
         figures.finish(ax)
 
     def _least(self) -> Score | None:
-        """KL(p‖a) of the fit, where all runs have about the same."""
-        fits = [r.target.get("moment_fit") or {} for r in self.records]
-        found = [fit["kl_target_base"] for fit in fits if "kl_target_base" in fit]
-        if not found or max(found) - min(found) > 0.1 * max(found):
+        """Return KL(p‖a) of the fit, where all runs have about the same."""
+        fits = [r.target.moment_fit for r in self.runs if r.target is not None]
+        values = [fit.kl_target_base for fit in fits if fit is not None]
+        if not values or max(values) - min(values) > 0.1 * max(values):
             return None
-        return Score(float(np.mean(found)), 0.0, 0)
+        return Score(float(np.mean(values)), 0.0, 0)
 
     def _off_policy(self) -> bool:
-        """Whether training texts came from another model than the policy."""
+        """Return whether training texts came from another model than the policy."""
         pair = self.metrics.reindex(columns=["kl_target_policy", "kl_target_proposal"]).dropna()
         return not np.allclose(pair.iloc[:, 0], pair.iloc[:, 1], rtol=1e-3, atol=1e-6)

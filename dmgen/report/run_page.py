@@ -1,46 +1,50 @@
-"""A run folder as one HTML page: what was asked, what was reached, at what price, how surely."""
+"""A run as one HTML page: requests, verdicts, prices, the training, the target, texts."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dmgen import storage
+from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.constraints.feature import Feature
 from dmgen.estimates.score import Score
-from dmgen.report import answers, figures, phrasing
-from dmgen.report.markup import Markup, join, page, table, tag
-from dmgen.report.panels import Curves, figure_grid, save_pngs
-from dmgen.report.read import Row, RunRecord, as_score
+from dmgen.evaluation.result import Evaluation, MomentRow
+from dmgen.experiment.result import Run, TextPair
+from dmgen.report import figures, phrasing
+from dmgen.report.page import Number, render
+from dmgen.report.panels import Curves, Panel, save_pngs
+from dmgen.report.run_values import (
+    as_run,
+    base_of,
+    constraints_of,
+    last_evaluation,
+    measurements,
+    method_of,
+    n_drawn,
+)
+from dmgen.report.track import Track
+from dmgen.target.fit import TargetFit
+from dmgen.target.moment_fit import MomentFit, target_text
 
 __all__ = ["write_report"]
 
 # Pairs of texts shown at once; the others unfold.
 _N_SHOWN = 8
-# Below this, a fit's own errors are not to be believed.
+# With fewer hits or effective texts, the errors of a fit are not reliable.
 _FEW_HITS, _SMALL_ESS = 20, 100
-_LABELS = {
-    "tv": "Total variation distance of p and π",
-    "js": "Jensen-Shannon divergence of p and π, nats",
-    "kl_target_policy": "KL(p‖π), still missing, nats",
-    "kl_policy_base": "KL(π‖a), paid, nats",
-    "kl_target_base": "KL(p‖a), the least possible, nats",
-    "excess": "KL(π‖a) − KL(p‖a), excess, nats",
-    "gain": "KL(p‖a) − KL(p‖π), nearer to the target than the base, nats",
-    "length": "Length in tokens",
-    "perplexity": "Perplexity a token, under the base",
-}
+_BADGES = {"met": "met", "not met": "unmet", "undecided": "open"}
 
 
 def write_report(
-    run: str | Path, out: str | Path | None = None, *, png: bool = False
+    run: Run | str | Path, out: str | Path | None = None, *, png: bool = False
 ) -> list[Path]:
-    """Writes the page of a run folder, finished or not, and returns the paths written.
+    """Write the page of a run, finished or not, and return the paths written.
 
     Args:
-        run: the run folder.
+        run: the run, or its folder.
         out: the page; None is `report.html` in the run folder.
         png: write each plot as `<page>-<name>.png` beside it, too.
 
@@ -49,277 +53,218 @@ def write_report(
         ImportError: matplotlib is not installed.
     """
     figures.need_matplotlib()
-    record = RunRecord.read(run)
-    path = record.folder / "report.html" if out is None else Path(out)
-    curves = Curves([record], [(record.method, 0)])
-    shown = _panels(record, curves)
-    title = f"{_base(record)}, {record.method}"
-    sections = [
-        _head(record, title),
-        *answers.certificate(record),
-        *_training(curves, shown),
-        *_fit(record),
-        *_measured(record),
-        *_texts(record),
-        *_settings(record),
-    ]
-    storage.write_text(path, page(f"{title}: dmgen report", *sections))
-    return [path, *(save_pngs((p for group in shown.values() for p in group), path) if png else [])]
+    run = as_run(run)
+    path = run.folder / "report.html" if out is None else Path(out)
+    curves = Curves([run], [(method_of(run), 0)])
+    panel_groups = _panel_groups(run, curves)
+    final = last_evaluation(run)
+    page = render(
+        "run_page.html",
+        title=f"{base_of(run)}, {method_of(run)}",
+        headline=phrasing.headline(run.evaluation),
+        base=base_of(run),
+        method=method_of(run),
+        run=run,
+        n_drawn=int(n_drawn(run, run.n_steps)) if run.n_steps else 0,
+        n_planned=None if run.config is None else run.config.n_steps,
+        final=final,
+        requests=phrasing.requests(run),
+        panel_groups=panel_groups,
+        reading=curves.reading,
+        pairs=_pairs(run),
+        n_shown=_N_SHOWN,
+        settings=_settings(run),
+        **_results(run, run.evaluation),
+        **_fit(run),
+    )
+    storage.write_text(path, page)
+    pictures = [panel for group in panel_groups.values() for panel in group]
+    return [path, *(save_pngs(pictures, path) if png else [])]
 
 
-def _head(record: RunRecord, title: str) -> Markup:
-    """The question, and how far the answer has come."""
-    final, config = record.final, record.config
-    drawn = int(record.samples_at(record.n_steps)) if record.n_steps else 0
-    parts = [tag("p", "dmgen report", class_="quiet"), tag("h1", answers.headline(record))]
-    parts.append(
-        tag(
-            "p",
-            "A language model (the base, ", tag("b", _base(record)), ") was to write texts that "
-            "obey the constraints below as a distribution, and otherwise to stay as it was. "
-            f"{record.method} trained a copy of it (the policy) for {record.n_steps:,} steps on "
-            f"{drawn:,} texts.",
-        )
-    )  # fmt: skip
-    planned = config.n_steps if config else None
-    if planned is not None and record.n_steps < planned:
-        parts.append(
-            tag(
-                "p",
-                f"This run is not finished: it stands at step {record.n_steps:,} of {planned:,}.",
-                class_="note",
-            )
-        )
-    if final is None:
-        text = (
-            "Nothing has been measured on fresh texts yet, so there is no verdict. What the plots "
-            "show comes from training batches."
-        )
-        parts.append(tag("p", text, class_="note"))
-    elif final["step"] < record.n_steps:
-        text = (
-            f"The last measurement is that of step {final['step']:,}; the run has gone on to step "
-            f"{record.n_steps:,} since."
-        )
-        parts.append(tag("p", text, class_="note"))
-    return tag("header", *parts)
+def _results(run: Run, evaluation: Evaluation | None) -> dict[str, Any]:
+    """Return the cards and the table of the last evaluation."""
+    if evaluation is None:
+        return {"answers": [], "prices": [], "off_target": [], "measurement_rows": []}
+    return {
+        "answers": [
+            _answer(request, row, evaluation.tolerance)
+            for request, row in zip(phrasing.requests(run), evaluation.moments, strict=True)
+        ],
+        "prices": [
+            {
+                "title": price.title,
+                "symbol": price.symbol,
+                "value": Number.of(price.score),
+                "meaning": price.meaning,
+            }
+            for price in phrasing.prices(evaluation)
+        ],
+        "off_target": phrasing.off_target(evaluation),
+        "measurement_rows": [
+            [
+                m.label,
+                *("" if score is None else phrasing.number(score) for score in (m.base, m.target)),
+                Number.of(m.policy),
+                phrasing.span(*m.interval),
+                m.verdict,
+            ]
+            for m in measurements(evaluation)
+        ],
+    }
 
 
-def _panels(record: RunRecord, curves: Curves) -> dict[str, list[Any]]:
-    if not len(record.metrics):
+def _answer(request: str, row: MomentRow, tolerance: float) -> dict[str, Any]:
+    return {
+        "request": request,
+        "in_numbers": phrasing.request_in_numbers(row, tolerance),
+        "value": Number(f"{row.policy.value:.3g}", repr(row.policy.value)),
+        "interval": phrasing.span(*row.interval),
+        "verdict": row.verdict,
+        "badge": _BADGES[row.verdict],
+        "reason": phrasing.verdict_reason(row, tolerance),
+        "base": str(row.base),
+        "track": Track.of(row, tolerance),
+    }
+
+
+def _panel_groups(run: Run, curves: Curves) -> dict[str, list[Panel]]:
+    if not len(run.history):
         return {}
     paid = curves.paid()
+    has_course = paid is not None and curves.evaluations["step"].nunique() > 1
     return {
         "How training went": [
             *curves.moments(),
             curves.distance(),
-            *([paid] if paid and curves.evaluations["step"].nunique() > 1 else []),
+            *([paid] if paid and has_course else []),
         ],
         "How good the weights were": curves.weights(),
         "How noisy the steps were": curves.noise(),
     }
 
 
-def _training(curves: Curves, shown: dict[str, list[Any]]) -> list[Markup]:
-    parts: list[Markup] = []
-    for title, group in shown.items():
-        if group:
-            parts.append(tag("h2", title))
-            parts += [] if len(parts) > 1 else [tag("p", curves.reading, class_="quiet")]
-            parts.append(figure_grid(group))
-    return parts
+def _fit(run: Run) -> dict[str, Any]:
+    """Return the table of the fit of λ with its notes."""
+    fit = None if run.target is None else run.target.moment_fit
+    if run.target is None or fit is None:
+        return {"fit": None}
+    n = fit.n_samples
+    return {
+        "fit": fit,
+        "fit_rows": [_fit_row(fit, i) for i in range(len(fit.names))],
+        "fit_notes": _fit_notes(run.target),
+        "fit_log_z": Score(fit.log_z, fit.log_z_stderr, n),
+        "fit_kl": Score(fit.kl_target_base, fit.kl_target_base_stderr, n),
+        "fit_warning": _fit_warning(fit),
+    }
 
 
-def _fit_notes(record: RunRecord) -> list[str]:
-    """What a reader of the table of the fit must know who knows the answers above it."""
-    notes = []
-    asked = record.target["constraints"]
-    if any("pointwise" in row or math.isinf(float(row["lambda"])) for row in asked):
-        notes.append(
-            "Means under the base, and numbers of texts, are of those texts that satisfy what is "
-            "asked of every text."
+def _fit_row(fit: MomentFit, i: int) -> list[Any]:
+    base, weight, reached = (
+        Score(float(values[i]), float(errors[i]), fit.n_samples)
+        for values, errors in (
+            (fit.base_moments, fit.base_moments_stderr),
+            (fit.lambdas, fit.lambdas_stderr),
+            (fit.moments, fit.moments_stderr),
         )
-    if record.config is not None and any("given" in c for c in record.config.constraints):
+    )
+    target = target_text(fit.targets[i])
+    return [fit.names[i], str(base), f"{fit.hits[i]:,}", target, Number.of(weight), str(reached)]
+
+
+def _fit_notes(target: TargetFit) -> list[str]:
+    """Return notes on the table of the fit, whose means differ from those of the cards."""
+    notes = []
+    hard = any(isinstance(c, Pointwise) for c in target.constraints)
+    if hard or bool(target.lambdas.isinf().any()):
+        notes.append(
+            "Means under the base, and numbers of texts, are of those texts that satisfy the "
+            "constraints on every text."
+        )
+    if any(isinstance(c, Moment) and c.given is not None for c in target.constraints):
         notes.append(
             "A moment of the texts that meet a condition stands here as the mean, over all texts, "
-            "of condition · (feature − asked), which is to be 0."
+            "of condition · (feature − requested), which is to be 0."
         )
     return notes
 
 
-def _fit(record: RunRecord) -> list[Markup]:
-    """How λ was found."""
-    fit = record.target.get("moment_fit")
-    if not fit:
-        return []
-    n = fit["n_samples"]
-    rows = []
-    for i, name in enumerate(fit["names"]):
-        base, found, reached = (
-            Score(fit[key][i], fit[f"{key}_stderr"][i], n)
-            for key in ("base_moments", "lambdas", "moments")
-        )
-        low, high = (fit["targets"][i] + fit["targets"][i])[:2] if isinstance(
-            fit["targets"][i], list
-        ) else [fit["targets"][i]] * 2  # fmt: skip
-        asked = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        weight = tag("data", phrasing.number(found), value=repr(found.value))
-        rows.append([name, str(base), f"{fit['hits'][i]:,}", asked, weight, str(reached)])
-    parts = [
-        tag("h2", "How the target was found"),
-        tag(
-            "p",
-            "The target is the base with every text weighted: P(x) = a(x) · exp(λ·φ(x)), and "
-            "without the texts that break a constraint on every text. λ says how strongly a "
-            f"feature φ is favoured. It was fitted on {n:,} texts of the base.",
-        ),
+def _fit_warning(fit: MomentFit) -> str:
+    rare = [name for name, n in zip(fit.names, fit.hits, strict=True) if n < _FEW_HITS]
+    if not rare and fit.ess >= _SMALL_ESS:
+        return ""
+    cause = f"{', '.join(rare)} was seen in fewer than {_FEW_HITS} texts. " if rare else ""
+    return f"{cause}The errors above are rough: fit on more texts (`dmgen fit` says how many)."
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A part of a text, marked where a feature matches it."""
+
+    text: str
+    marked: bool
+
+
+@dataclass(frozen=True)
+class _TextCell:
+    """A text in pieces, and the features that it has."""
+
+    pieces: list[_Piece]
+    chips: list[str]
+
+
+def _pairs(run: Run) -> list[dict[str, _TextCell]]:
+    features = list({f.name: f for c in constraints_of(run) for f in c.features}.values())
+    return [
+        {
+            "base": _text_cell(pair.base, "base", pair, features),
+            "policy": _text_cell(pair.policy, "policy", pair, features),
+        }
+        for pair in run.samples
     ]
-    if rows:
-        head = [
-            "feature",
-            "mean under the base",
-            "texts with it",
-            "asked",
-            "λ",
-            "mean when weighted",
-        ]
-        parts.append(table(head, rows))
-        parts += [tag("p", note, class_="quiet") for note in _fit_notes(record)]
-    log_z = Score(fit["log_z"], fit["log_z_stderr"], n)
-    least = Score(fit["kl_target_base"], fit["kl_target_base_stderr"], n)
-    parts.append(
-        tag(
-            "p",
-            f"Weighted, these texts are worth {fit['ess']:,.0f} (ESS, the effective sample size). "
-            f"log Z, the logarithm of the mean weight, is {log_z}; "
-            f"KL(p‖a) {least} nats.",
-        )
-    )
-    few = [name for name, hits in zip(fit["names"], fit["hits"], strict=True) if hits < _FEW_HITS]
-    if few or fit["ess"] < _SMALL_ESS:
-        seen = f"{', '.join(few)} was seen in fewer than {_FEW_HITS} texts. " if few else ""
-        text = f"{seen}The errors above are rough: fit on more texts (`dmgen fit` says how many)."
-        parts.append(tag("p", text, class_="note"))
-    return parts
 
 
-def _measured(record: RunRecord) -> list[Markup]:
-    """Every number of the last evaluation."""
-    final = record.final
-    if final is None:
-        return []
-    by_metric: dict[str, dict[str, Row]] = {}
-    for row in final["rows"]:
-        by_metric.setdefault(row["metric"], {})[row["model"]] = row
-    rows = []
-    for metric, found in by_metric.items():
-        own = found.get("policy") or found.get("")
-        cells = [found.get(model) for model in ("base", "target")]
-        shown = [phrasing.number(as_score(cell)) if cell else "" for cell in cells]
-        if own is not None:
-            value = tag("data", phrasing.number(as_score(own)), value=repr(as_score(own).value))
-            rows.append(
-                [label(metric), *shown, value, phrasing.spread(own), own.get("verdict", "")]
-            )
-    head = ["", "base", "target p", "policy π", "99 % interval of π", "verdict"]
-    return [tag("h2", f"All measurements, at step {final['step']:,}"), table(head, rows)]
-
-
-def label(metric: str) -> str:
-    """What a metric is called on a page."""
-    if metric.startswith("E["):
-        return f"Mean of {metric[2:-1]}"
-    name, _, order = metric.rpartition("_")
-    if name in ("self_bleu", "distinct"):
-        return f"{'Self-BLEU' if name == 'self_bleu' else 'Distinct'}-{order}"
-    return _LABELS.get(metric, metric)
-
-
-def _texts(record: RunRecord) -> list[Markup]:
-    """Texts before and after side by side, with what the features look for marked."""
-    if not record.pairs:
-        return []
-    features = list({f.name: f for c in record.constraints for f in c.features}.values())
-    pairs = [_pair(pair, features) for pair in record.pairs]
-    heads = tag(
-        "div", tag("div", "before: the base"), tag("div", "after: the policy"), class_="pair heads"
-    )
-    parts = [
-        tag("h2", "Texts before and after"),
-        tag(
-            "p",
-            "Not chosen: the first ones that base and policy wrote from the same random numbers. "
-            "Marked are the words that the features look at; a text that has a feature names it.",
-        ),
-        heads,
-        *pairs[:_N_SHOWN],
+def _text_cell(text: str, model: str, pair: TextPair, features: Sequence[Feature]) -> _TextCell:
+    chips = [
+        name if value == 1 else f"{name} {value:g}"
+        for name, value in pair.features.get(model, {}).items()
+        if value
     ]
-    if len(pairs) > _N_SHOWN:
-        more = tag("summary", f"{len(pairs) - _N_SHOWN} more")
-        parts.append(tag("details", more, *pairs[_N_SHOWN:]))
-    return parts
+    return _TextCell(_marked(text, features), chips)
 
 
-def _pair(pair: Row, features: Sequence[Feature]) -> Markup:
-    cells = []
-    for model, title in (("base", "before"), ("policy", "after")):
-        has = [
-            tag("span", name if value == 1 else f"{name} {value:g}", class_="has")
-            for name, value in pair.get("features", {}).get(model, {}).items()
-            if value
-        ]
-        gaps = [part for chip in has for part in (" ", chip)]
-        text = pair[model]
-        cells.append(tag("div", tag("b", title + " "), _marked(text, features), *gaps, dir="auto"))
-    return tag("div", *cells, class_="pair")
-
-
-def _marked(text: str, features: Sequence[Feature]) -> Markup:
-    """The text with the matches of all features marked, those that overlap as one."""
-    parts: list[str] = []
+def _marked(text: str, features: Sequence[Feature]) -> list[_Piece]:
+    """Return the text with the matches of all features marked, where they overlap only once."""
+    pieces = []
     done = 0
     for start, end in sorted(span for feature in features for span in feature.spans(text)):
-        if end <= done:
-            continue
-        start = max(start, done)
-        parts += [text[done:start], tag("mark", text[start:end])]
-        done = end
-    return join([*parts, text[done:]])
+        if end > done:
+            start = max(start, done)
+            pieces += [_Piece(text[done:start], False), _Piece(text[start:end], True)]
+            done = end
+    return [*pieces, _Piece(text[done:], False)]
 
 
-def _settings(record: RunRecord) -> list[Markup]:
-    """What it takes to do it again."""
-    rows = [["run folder", str(record.folder)]]
-    config = record.config
-    if config:
-        seeds = (
-            f"fit {config.fit.seed}, training {config.trainer.seed}, evaluation "
-            f"{config.evaluate.seed}"
-        )
+def _settings(run: Run) -> list[list[str]]:
+    """Return the settings that repeat the run."""
+    rows = [["run folder", str(run.folder)]]
+    config = run.config
+    if config is not None:
+        trainer = config.trainer
+        seeds = f"fit {config.fit.seed}, training {trainer.seed}, evaluation {config.evaluate.seed}"
+        training = f"batches of {trainer.batch_size:,}, learning rate {trainer.learning_rate}"
         rows += [
             ["base", config.base],
             ["prompt", repr(config.prompt) if config.prompt else "none"],
             ["longest text", f"{config.max_new_tokens} tokens"],
-            ["method", f"{record.method}, batches of {config.trainer.batch_size:,}, learning rate "
-             f"{config.trainer.learning_rate}"],
+            ["method", f"{method_of(run)}, {training}"],
             ["seeds", seeds],
-        ]  # fmt: skip
-    if len(record.metrics):
-        seconds = float(record.metrics["seconds"].iloc[-1])
-        rows.append(
-            [
-                "time of training",
-                f"{seconds / 60:.1f} minutes" if seconds > 99 else f"{seconds:.0f} s",
-            ]
-        )
-    if record.versions:
-        rows.append(["ran under", ", ".join(f"{k} {v}" for k, v in record.versions.items())])
-    parts = [tag("h2", "Settings, versions, seeds"), table(["", ""], rows)]
-    if config:
-        yaml = tag("pre", tag("code", config.to_yaml()))
-        parts.append(tag("details", tag("summary", "The whole configuration"), yaml))
-    return parts
-
-
-def _base(record: RunRecord) -> str:
-    return Path(record.config.base).name if record.config else record.folder.name
+        ]
+    if len(run.history):
+        seconds = float(run.history["seconds"].iloc[-1])
+        time = f"{seconds / 60:.1f} minutes" if seconds > 99 else f"{seconds:.0f} s"
+        rows.append(["time of training", time])
+    if run.versions:
+        rows.append(["ran under", ", ".join(f"{k} {v}" for k, v in run.versions.items())])
+    return rows

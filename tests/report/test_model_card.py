@@ -1,18 +1,20 @@
 """The certificate of a policy, and the target that is made from it again."""
 
 import json
+import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
 
-from dmgen import EBM, features, storage
+from dmgen import EBM, features
 from dmgen.experiment import versions
 from dmgen.experiment.config import RunConfig
-from dmgen.experiment.publish import load_published, save_target
+from dmgen.experiment.publish import load_published
 from dmgen.report import write_model_card
-from dmgen.report.model_card import _row
+from dmgen.training import run_folder
 
 
 def test_the_card_holds_the_verdicts_and_prices(make_run):
@@ -23,7 +25,7 @@ def test_the_card_holds_the_verdicts_and_prices(make_run):
     assert head["library_name"] == "transformers"
     assert "base_model" not in head  # the embedded model is not on the hub
     for shown in ("Half of the texts are about women", "not met", "0.327", "KL(π‖a)", "2.863",
-                  "fit 1, training 0, judging 2", "torch"):  # fmt: skip
+                  "fit 1, training 0, evaluation 2", "torch"):  # fmt: skip
         assert shown in body
 
 
@@ -54,18 +56,24 @@ def test_the_target_computes_in_the_precision_of_the_run(make_run):
     assert load_published(folder / "policy").base.dtype == torch.bfloat16
 
 
-def test_names_with_a_bar_keep_to_their_cells():
-    assert _row("female | sports", "met") == r"| female \| sports | met |"
+def test_names_with_a_bar_keep_to_their_cells(make_run):
+    folder = make_run("run")
+    ((step, _, evaluation),) = run_folder.read_evaluations(folder)
+    row = replace(evaluation.moments[0], name="female | sports")
+    run_folder.append_evaluation(folder, step, replace(evaluation, moments=[row]), final=True)
+    card = write_model_card(folder).read_text(encoding="utf-8")
+    assert r"| mean of female \| sports = 0.5, met from 0.45 to 0.55 | 0.053" in card
+    (line,) = [line for line in card.splitlines() if "sports" in line]
+    assert len(re.split(r"(?<!\\)\|", line)) == 8  # six cells between seven bars
 
 
 def test_the_number_of_texts_is_not_that_of_a_condition(make_run):
     folder = make_run("run")
-    (row,) = storage.read_rows(folder / "evaluations.jsonl")
-    for score in row["rows"]:
-        score["n"] = 2048
-        if "verdict" in score:
-            score["n"] = 130
-    storage.write_rows(folder / "evaluations.jsonl", [row])
+    ((step, _, evaluation),) = run_folder.read_evaluations(folder)
+    row = evaluation.moments[0]
+    row = replace(row, policy=replace(row.policy, n=130))
+    evaluation = replace(evaluation, moments=[row], n_samples=2048)
+    run_folder.append_evaluation(folder, step, evaluation, final=True)
     assert "Measured on 2,048 fresh texts" in write_model_card(folder).read_text(encoding="utf-8")
 
 
@@ -90,7 +98,7 @@ def test_a_published_classifier_comes_with_the_policy(make_run, tmp_path, plain_
     config = RunConfig(base="tiny-bios", constraints=[{"pointwise": classifier}], device="cuda:7")
     versions.write_config(folder, config.to_mapping())
     target = EBM(plain_base, config.build_constraints())
-    save_target(folder, target)
+    target.save(folder)
     write_model_card(folder)
     shutil.rmtree(tmp_path / "head")
     moved = shutil.move(folder / "policy", tmp_path / "elsewhere")
