@@ -4,17 +4,18 @@
     python benchmarks/beyond.py bios         # female 0.5 on tiny-bios, two at a time; about an hour
     python benchmarks/beyond.py tables       # the tables as Markdown
 
-`rare`: on a world of 1,365 texts, every text must contain a word that the base writes in less than
-one of 1,000. All settings train on the same number of texts; KL(p‖π) is an exact sum after every
-few steps, and the table says after how many texts a setting has reached what GDC++ ends with.
+`rare`: in a space of 1,365 texts, every text must contain a word that fewer than one in 1,000
+texts of the base contain. All settings train on the same number of texts. KL(p‖π) is an exact sum
+after every few steps; the table shows the number of texts after which a setting reaches the final
+KL of GDC++.
 
 `bios`: all settings train for the same number of seconds of one core (OMP_NUM_THREADS=1). KL(p‖π)
-is estimated on one fixed set of texts that no setting trains on: fresh texts of the base, of which
-all that are about women count, and as many of the others, each with its weight under p. All
-settings share the set, so their differences are sharper than their errors. KL(π‖a) and the moment
-are those of 1,024 fresh texts of the policy at the end. Each result is a file in `raw/beyond/`,
-which `write_readme.py` puts into `results/beyond.csv` (a row a run) and `beyond_curves.csv` (each
-point with the lowest KL so far, and the last). A run that has a result is not repeated.
+is estimated on one fixed set of texts that no setting trains on: of fresh texts of the base, all
+that are about women and as many of the others, each with its weight under p. All settings share
+the set, so their differences have smaller errors than the values. KL(π‖a) and the moment are those
+of 1,024 fresh texts of the policy at the end. Each result is a file in `raw/beyond/`, which
+`write_readme.py` puts into `results/beyond.csv` (a row a run) and `beyond_curves.csv` (each point
+with the lowest KL so far, and the last). A run that has a result is not repeated.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/grid_claims.py
 
-A comparison of two methods on a task is *clear* where their means over seeds differ by more than
-two joint standard errors of the evaluation. A claim about k of n tasks holds if it is clearly so
-in k, does not if it is clearly not so in more than n - k, and is undecided between. There is no
-verdict before all tasks have run.
+A comparison of two methods on a task is *clear* if their means over seeds differ by more than two
+joint standard errors of the evaluation. A claim about k of n tasks holds if it is clearly true in
+k of them, does not hold if it is clearly false in more than n - k, and is undecided otherwise.
+There is no verdict before all tasks have run.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/grid_report.py            # the figures; write_readme.py writes the tables
 
-Errors of a mean over seeds are those of the evaluations alone; the spread of seeds is the band of
-the figures.
+The error of a mean over seeds is that of the evaluations alone; the bands in the figures show the
+spread of seeds.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 Texts of the base are scored four ways: in float32; with states in bfloat16, as transformers does
 with bfloat16 weights; by the base as dmgen computes it, bfloat16 weights and products but states in
 float32; and by the base's trainable copy, which has float32 weights. The policy starts as that
-copy, so what lies between it and the base is there before the first step.
+copy, so its difference from the base exists before the first step.
 """
 
 from __future__ import annotations

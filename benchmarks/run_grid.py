@@ -13,9 +13,9 @@ when the cell is done, so the grid can be stopped at any time. `write_readme.py`
 into the tables `results/grid*.csv`. Run two shares side by side with OMP_NUM_THREADS=1. Arguments
 after the options override the tasks, as with `dmgen train`.
 
-Every method draws the same number of texts in batches of one size, with one learning rate, and is
-evaluated alike: a little at the start, and after every quarter of the steps, and on more texts at
-the end.
+Every method draws the same number of texts in batches of one size, with one learning rate. All are
+evaluated in the same way: on few texts at the start and after each quarter of the steps, and on
+more texts at the end.
 """
 
 from __future__ import annotations

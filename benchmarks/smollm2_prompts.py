@@ -2,8 +2,8 @@
 
     python benchmarks/smollm2_prompts.py models/smollm2     # about two minutes on two cores
 
-A constraint is worth training for where the base meets it rarely, but often enough to be seen in a
-batch; a prompt about a person is neutral where it names no gender and the text still tells one.
+A constraint suits the benchmark if the base satisfies it rarely, but often enough that some texts
+of a batch do. A prompt about a person is neutral if it names no gender but the text after it does.
 """
 
 from __future__ import annotations

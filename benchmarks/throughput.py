@@ -13,15 +13,15 @@ backward of the policy, and the whole step with features, weights, optimiser and
   weights is put into the policy after each step here, in a run once at its end).
 - plain: transformers' `generate` with `output_scores`, a log-softmax of all scores, a log-softmax
   of all logits for scoring and for the gradient, micro-batches of the same size, Adam.
-- trl: a step of TRL's RLOO trainer with a reference model, where TRL is installed (`pip install
-  trl`): what people use now for this loop, whole steps only.
-- floor: the matrix products of the phase alone, each shape measured in this very run, backward
-  counted as twice forward; nothing can be faster with this arithmetic on this machine.
+- trl: a step of TRL's RLOO trainer with a reference model, if TRL is installed (`pip install trl`);
+  whole steps only.
+- floor: the matrix products of the phase alone, each shape measured in the same run, backward
+  counted as twice forward; no implementation with this arithmetic is faster on this machine.
 
 All variants take turns, so that a busy machine slows all of them: read ratios, not seconds. The
-peak of memory is that of a fresh process for each batch size, over two steps of the large batch and
-as many texts in small ones: then the optimiser's state is there, and so is what the allocator does
-not find a use for again.
+peak memory is that of a fresh process for each batch size, over two steps of the large batch, or as
+many texts in small batches; it includes the optimiser's state and memory that the allocator cannot
+reuse.
 """
 
 from __future__ import annotations

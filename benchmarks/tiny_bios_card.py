@@ -85,9 +85,9 @@ decay, {record["seconds"] / 60:.0f} minutes on {record["hardware"]} (shared), to
 {log["loss"].iloc[-1]:.3f} nats a token in training, **{record["valid_loss"]:.3f}** on the held-out
 biographies.
 
-**Distribution.** A text starts after the end-of-text token, at a sentence boundary, and ends with it
-where a paragraph ends ({ended:.1%} of texts do within 40 tokens); a text of 40 tokens has {words:.1f}
-words on average.
+**Distribution.** A text starts after the end-of-text token, at a sentence boundary, and ends with
+that token at the end of a paragraph ({ended:.1%} of texts within 40 tokens); a text of 40 tokens
+has {words:.1f} words on average.
 
 **Base rates** on {n_samples:,} texts of at most 40 tokens (seed {seed}):
 
