@@ -147,6 +147,99 @@ def test_arguments_are_not_checked_by_assert(path):
     assert [node.lineno for node in nodes if isinstance(node, ast.Assert)] == []
 
 
+def module_of(path):
+    """The dotted name of a file's module."""
+    return ".".join(("dmgen", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(
+        ".__init__"
+    )
+
+
+def cycles(graph):
+    """The groups of modules that import one another, of two or more."""
+
+    def reached(start):
+        seen, todo = set(), [start]
+        while todo:
+            for name in graph.get(todo.pop(), ()):
+                if name not in seen:
+                    seen.add(name)
+                    todo.append(name)
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    return {
+        tuple(sorted(other for other in graph if other in reach[name] and name in reach[other]))
+        for name in graph
+        if name in reach[name]
+    }
+
+
+def module_graph(sources):
+    """What each module imports of dmgen, by module; a package's own names count as its file."""
+    graph = {}
+    for module, source in sources.items():
+        names = [n for n in imports(source) if n.startswith("dmgen")]
+        # `from a import b` is a.b where that is a module, else a name in a.
+        found = {n if n in sources else n.rpartition(".")[0] for n in names}
+        graph[module] = {name for name in found if name in sources and name != module}
+    return graph
+
+
+def test_no_module_imports_itself_by_a_detour():
+    sources = {module_of(p): p.read_text(encoding="utf-8") for p in FILES}
+    assert cycles(module_graph(sources)) == set()
+
+
+# Pure formulas whose signatures are public.
+LOG_COLUMNS = {("training/objectives.py", "advantage")}
+
+
+def log_columns(node):
+    """Parameters of a function that are columns of log-probabilities."""
+    arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+    return [
+        a.arg
+        for a in arguments
+        if a.arg.startswith("log_") and a.annotation and "Tensor" in ast.unparse(a.annotation)
+    ]
+
+
+def functions(source):
+    """All functions of a source."""
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, kinds)]
+
+
+def n_lines(node):
+    """Lines of a function without its docstring."""
+    documented = ast.get_docstring(node) is not None
+    doc = node.body[0].end_lineno - node.body[0].lineno + 1 if documented else 0
+    return node.end_lineno - node.lineno + 1 - doc
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_log_columns_travel_as_one_value(path):
+    if room_of(path) == "estimates":
+        return
+    name = path.relative_to(ROOT).as_posix()
+    loose = [
+        f.name
+        for f in functions(path.read_text(encoding="utf-8"))
+        if len(log_columns(f)) > 2 and (name, f.name) not in LOG_COLUMNS
+    ]
+    assert loose == []
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_functions_are_short(path):
+    source = path.read_text(encoding="utf-8")
+    assert [(f.name, n_lines(f)) for f in functions(source) if n_lines(f) > 45] == []
+
+
+def test_the_trainer_is_short():
+    assert len((ROOT / "training" / "trainer.py").read_text().splitlines()) <= 250
+
+
 # ---------------------------------------------------------------- the checks themselves
 
 
@@ -191,3 +284,17 @@ def test_a_generator_of_ones_own_is_fine():
 def test_a_new_room_must_be_given_a_place():
     with pytest.raises(KeyError, match="utils has no place"):
         floor_of("utils")
+
+
+def test_a_cycle_is_seen():
+    sources = {"dmgen.a": "from dmgen.b import x", "dmgen.b": "from dmgen import a", "dmgen.c": ""}
+    assert cycles(module_graph(sources)) == {("dmgen.a", "dmgen.b")}
+    sources["dmgen.b"] = "from dmgen.c import a"
+    assert cycles(module_graph(sources)) == set()
+
+
+def test_loose_columns_and_long_functions_are_seen():
+    (node,) = functions("def f(log_a: Tensor, log_b: Tensor | None, log_z: float, x: Tensor): ...")
+    assert log_columns(node) == ["log_a", "log_b"]
+    (node,) = functions('def f():\n    """One.\n\n    Two.\n    """\n    return 1')
+    assert n_lines(node) == 2
