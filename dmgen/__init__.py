@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from dmgen import old_paths
 
 if TYPE_CHECKING:
-    from dmgen import features
+    from dmgen import experiment, features
     from dmgen.constraints.constraint import Moment, Pointwise
     from dmgen.constraints.feature import Feature, FeatureError, feature
     from dmgen.estimates.score import Score
@@ -99,6 +99,7 @@ __all__ = [
     "__version__",
     "distinct_n",
     "evaluate",
+    "experiment",
     "feature",
     "features",
     "self_bleu",
@@ -108,8 +109,8 @@ sys.meta_path.append(old_paths.Finder())
 
 
 def __getattr__(name: str) -> Any:
-    if name == "features":
-        return import_module("dmgen.features")
+    if name in ("experiment", "features"):
+        return import_module(f"dmgen.{name}")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'dmgen' has no attribute {name!r}")
     value = getattr(import_module(_HOME_OF[name]), name)

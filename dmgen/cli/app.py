@@ -315,7 +315,7 @@ def evaluate(
 @main.command(cls=_Command)
 def sample(
     run: _Run,
-    n: Annotated[int, typer.Option("-n", min=1, help="How many texts.")] = 20,
+    n: Annotated[int, typer.Option("-n", min=1, help="Number of texts.")] = 20,
     seed: Annotated[
         int | None, typer.Option(help="The same seed, the same texts. [default: new ones]")
     ] = None,

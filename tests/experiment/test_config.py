@@ -372,8 +372,8 @@ OPENED = """
 import sys
 from pathlib import Path
 import dmgen
-from dmgen.experiment.config import RunConfig
 
+RunConfig = dmgen.experiment.RunConfig
 first, second = sys.argv[1:]
 RunConfig.load(first)
 opened = []
