@@ -256,9 +256,15 @@ def report(
     ] = None,
     png: _Png = False,
 ) -> None:
-    """Write a run as one HTML page that needs no network."""
-    from dmgen.report import write_report
+    """Write a run as one HTML page that needs no network.
 
+    The model card of a finished run is written too where it is missing.
+    """
+    from dmgen.experiment.folder import is_finished
+    from dmgen.report import write_model_card, write_report
+
+    if is_finished(run) and not (run / "policy" / "README.md").is_file():
+        typer.echo(write_model_card(run))
     for path in write_report(run, out, png=png):
         typer.echo(path)
 

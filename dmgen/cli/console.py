@@ -21,7 +21,7 @@ from tqdm import tqdm
 from dmgen import experiment, report
 from dmgen.constraints.constraint import Moment
 from dmgen.experiment.config import RunConfig
-from dmgen.experiment.folder import resume_command
+from dmgen.experiment.folder import is_finished, resume_command
 from dmgen.experiment.run import (
     Evaluated,
     Event,
@@ -60,15 +60,17 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
                 progress.show(event)
                 track_event(event)
 
-            experiment.run(config, out, resume=resume, on_event=on_event)
-        # The card goes last: it says that the run is finished.
+            if not (resume and _lacks_only_its_card(out, config)):
+                experiment.run(config, out, resume=resume, on_event=on_event)
         report.write_model_card(out)
         if figures.available():
             report.write_report(out)
     except (KeyboardInterrupt, Exception):
         if progress.step is not None:
             kept = "the metrics and the last checkpoint; to go on from it"
-            if not run_folder.has_checkpoint(out):
+            if is_finished(out):
+                kept = "the policy; to write its card, or to go on from it with a larger n_steps"
+            elif not run_folder.has_checkpoint(out):
                 kept = "λ, but there was no checkpoint yet; to train again from the first step"
             typer.echo(
                 f"\nStopped after step {progress.step} of {config.n_steps}. {out} keeps {kept}:\n"
@@ -78,6 +80,13 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, track: str | None
         raise
     minutes = (time.monotonic() - started) / 60
     typer.echo(f"\nDone in {minutes:.1f} minutes.\n{_next_steps(out)}")
+
+
+def _lacks_only_its_card(out: Path, config: RunConfig) -> bool:
+    """Return whether a run was stopped between its last file and the model card."""
+    if not is_finished(out) or (out / "policy" / "README.md").is_file():
+        return False
+    return experiment.Run.load(out).n_steps >= config.n_steps
 
 
 class _Progress:

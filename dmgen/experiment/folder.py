@@ -30,8 +30,8 @@ _MAY_CHANGE = {"n_steps", "trainer", "evaluate", "device", "dtype"}
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a run is finished: the card of its policy is the last file that it writes."""
-    return (folder / "policy" / "README.md").is_file()
+    """Return whether a run is finished: `dmgen.json` is the last file that it writes."""
+    return (folder / "policy" / "dmgen.json").is_file()
 
 
 def load_config(folder: Path) -> RunConfig:

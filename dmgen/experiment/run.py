@@ -150,10 +150,11 @@ def run(
     write_config(out, config.to_mapping())
     tell(TrainingBegan(trainer.step, resume))
     trainer.train(config.n_steps - trainer.step, out, log=lambda row: tell(StepTaken(row)))
-    (out / "policy" / "README.md").unlink(missing_ok=True)  # the card of fewer steps
+    for of_fewer_steps in ("dmgen.json", "README.md"):
+        (out / "policy" / of_fewer_steps).unlink(missing_ok=True)
     policy.save_pretrained(out / "policy")
     _measure(policy, target, config, out, trainer.step, tell)
-    publish(out / "policy", config, target.fitted)
+    publish(out / "policy", config, target.fitted)  # the last file: the run is finished
     return Run.load(out)
 
 

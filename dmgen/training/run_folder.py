@@ -81,13 +81,15 @@ def append_evaluation(
         folder: the run folder.
         step: steps taken.
         evaluation: its result.
-        final: whether it is the one at the end of a run.
-        seed: of its draws, where it says more than `step`.
+        final: whether it is the one at the end of a run; it replaces an earlier one of that step.
+        seed: seed of its draws, for a final one.
     """
-    facts: dict[str, Any] = {"step": step}
-    if final:
-        facts |= {"final": True, "seed": seed}
-    append_row(folder / _EVALUATIONS, facts | evaluation.to_dict())
+    path = folder / _EVALUATIONS
+    if not final:
+        append_row(path, {"step": step} | evaluation.to_dict())
+        return
+    others = [row for row in _rows(path) if not (row.get("final") and row["step"] == step)]
+    write_rows(path, [*others, {"step": step, "final": True, "seed": seed} | evaluation.to_dict()])
 
 
 def read_evaluations(folder: Path) -> list[tuple[int, bool, Evaluation]]:

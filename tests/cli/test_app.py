@@ -248,10 +248,10 @@ class TestEvaluateAndSample:
         result = dmgen_command("evaluate", out, "--json")
         assert json.loads(result.stdout)["rows"] == final["rows"]
 
-    def test_a_run_without_its_card_is_not_finished(self, finished, tmp_path):
+    def test_a_run_without_its_last_file_is_not_finished(self, finished, tmp_path):
         out = tmp_path / "run"
         shutil.copytree(finished[0], out)
-        (out / "policy" / "README.md").unlink()
+        (out / "policy" / "dmgen.json").unlink()
         refused(dmgen_command("sample", out), "is not finished; go on with it")
 
     def test_a_target_that_is_no_target(self, finished, tmp_path):

@@ -1,6 +1,7 @@
 """`experiment.run`: its result, its events, and the folders that it refuses."""
 
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 import dmgen
 from dmgen import CausalLM, experiment, storage
 from dmgen.experiment import Run, RunConfig
-from dmgen.experiment.folder import WRITTEN
+from dmgen.experiment.folder import WRITTEN, finished_config, is_finished
 from dmgen.experiment.publish import load_published
 from dmgen.experiment.run import (
     Evaluated,
@@ -119,6 +120,36 @@ def test_used_folders_and_other_configurations_are_refused(finished, config, mon
 def test_a_run_past_its_last_step_is_refused(finished, config, tmp_path):
     run, _ = finished
     folder = shutil.copytree(run.folder, tmp_path / "run")
+    (folder / "policy" / "dmgen.json").unlink()  # not finished
     with pytest.raises(ValueError, match="is past step 5 already: raise n_steps"):
         experiment.run(replace(config, n_steps=5), folder, resume=True)
     assert len(storage.read_rows(folder / "metrics.jsonl")) == 6
+
+
+def test_a_run_from_python_is_finished(finished, config):
+    run, _ = finished
+    assert is_finished(run.folder)
+    assert finished_config(run.folder).n_steps == config.n_steps
+    with pytest.raises(ValueError, match="is finished: it took 6 steps"):
+        experiment.run(config, run.folder, resume=True)
+
+
+def test_the_final_evaluation_is_written_once(config, tmp_path, monkeypatch):
+    """The run stops between its final evaluation and its last file, and goes on."""
+
+    def stop(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        # The package exports the function under the module's own name.
+        patch.setattr(sys.modules["dmgen.experiment.run"], "publish", stop)
+        with pytest.raises(KeyboardInterrupt):
+            experiment.run(config, tmp_path / "run")
+    assert not is_finished(tmp_path / "run")
+    assert [e.final for e in Run.load(tmp_path / "run").evaluations] == [True]
+    run = experiment.run(config, tmp_path / "run", resume=True)
+    assert is_finished(run.folder)
+    assert [(e.step, e.final) for e in run.evaluations] == [(6, True)]
+    # More steps keep the earlier final evaluation.
+    longer = experiment.run(replace(config, n_steps=8), run.folder, resume=True)
+    assert [(e.step, e.final) for e in longer.evaluations] == [(6, True), (8, True)]

@@ -63,7 +63,7 @@ def test_coins_know_nothing_of_the_texts(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_seed_owns_the_randomness(target, proposal, name):
-    before = contracts._global_states()
+    before = contracts.global_states()
     sampler = SAMPLERS[name](target, proposal)
     first, again, other = (sampler.sample(40, seed=seed) for seed in (1, 1, 2))
     assert first.texts == again.texts
@@ -71,7 +71,7 @@ def test_the_seed_owns_the_randomness(target, proposal, name):
     free = [sampler.sample(40) for _ in range(2)]
     assert free[0].texts != free[1].texts
     sampler.diagnostics()
-    assert before == contracts._global_states()
+    assert before == contracts.global_states()
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
