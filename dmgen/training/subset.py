@@ -1,4 +1,4 @@
-"""Which texts of a batch are worth a backward pass: an unbiased choice by |advantage|."""
+"""An unbiased choice, by |advantage|, of the texts of a batch that get a backward pass."""
 
 from __future__ import annotations
 
@@ -7,22 +7,19 @@ from torch import Tensor
 
 
 def inclusion_probabilities(advantage: Tensor, n: int) -> Tensor:
-    """Probabilities to be kept, `(N,)`, proportional to |advantage|, capped at 1, that sum to `n`.
+    """Return each text's probability to be kept, `(N,)`, proportional to |advantage|, at most 1.
 
-    A sum over all texts is estimated without bias by the kept ones, each divided by its
-    probability (Horvitz and Thompson 1952); texts of advantage 0 are never kept and never missed.
-    If no more than `n` texts have an advantage other than 0, all of those are kept, with
-    probability 1.
+    They sum to `n`; if no more than `n` texts have an advantage `(N,)` other than 0, exactly those
+    are kept. A sum over all texts is estimated without bias by the kept ones, each divided by its
+    probability.
 
-    Args:
-        advantage: `(N,)`, finite.
-        n: texts to keep, at least 1.
+    Source: Horvitz and Thompson 1952.
     """
     size = advantage.abs().double()
     if int((size > 0).sum()) <= n:
         return (size > 0).double()
     certain = torch.zeros_like(size, dtype=torch.bool)
-    # Capping one text at 1 leaves more for the others, which can cap another: at most N rounds.
+    # A cap at 1 raises the probabilities of the others, which can need a cap too: at most N rounds.
     while True:
         rest = torch.where(certain, 0.0, size)
         keep = rest * ((n - int(certain.sum())) / rest.sum())
@@ -33,14 +30,10 @@ def inclusion_probabilities(advantage: Tensor, n: int) -> Tensor:
 
 
 def systematic_sample(probabilities: Tensor, u: float) -> Tensor:
-    """Positions kept when each is kept with its probability, long, ascending.
+    """Return positions, long, ascending, each of the N kept with its probability, `(N,)`.
 
-    Systematic sampling: one uniform `u` in [0, 1) places a grid of step 1 on the cumulative sum, so
-    the number kept is the sum of the probabilities, rounded up or down.
-
-    Args:
-        probabilities: `(N,)`, between 0 and 1.
-        u: uniform in [0, 1).
+    One uniform `u` in [0, 1) places a grid of step 1 on the cumulative sum, so the number kept is
+    the sum of the probabilities, rounded up or down.
     """
     edges = torch.cat([torch.zeros(1, dtype=torch.float64), probabilities.double().cumsum(0)])
     hits = torch.ceil(edges - u)

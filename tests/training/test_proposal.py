@@ -42,7 +42,7 @@ def test_a_share_of_the_batch_is_of_the_mixture(base, target, rule, rows):
 
 @pytest.mark.parametrize(("share", "size"), [(0.75, 1), (0.1, 4), (0.999, 100)])
 def test_a_share_of_no_texts_or_of_all_is_refused(share, size):
-    with pytest.raises(ValueError, match="some of them, and not all"):
+    with pytest.raises(ValueError, match="at least one text, and not all"):
         dmgen.TrainerConfig(batch_size=size, base_share=share)
 
 
