@@ -59,18 +59,18 @@ class Processes:
         n_rows = n // self.count
         return range(self.rank * n_rows, (self.rank + 1) * n_rows)
 
-    def gather(self, own: Tensor) -> Tensor:
+    def gather(self, local: Tensor) -> Tensor:
         """Return the rows of all processes, `(n, ...)`, in order of rank."""
         if self.count == 1:
-            return own
+            return local
         device = self._state().device
-        parts = [torch.empty_like(own, device=device) for _ in range(self.count)]
-        distributed.all_gather(parts, own.detach().contiguous().to(device))
-        return torch.cat(parts).to(own.device)
+        parts = [torch.empty_like(local, device=device) for _ in range(self.count)]
+        distributed.all_gather(parts, local.detach().contiguous().to(device))
+        return torch.cat(parts).to(local.device)
 
-    def agree(self, own: Tensor) -> bool:
+    def agree(self, local: Tensor) -> bool:
         """Return whether all processes hold the same numbers."""
-        return bool((self.gather(own).view(self.count, *own.shape) == own).all())
+        return bool((self.gather(local).view(self.count, *local.shape) == local).all())
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         """Replace each gradient by its sum over all processes."""

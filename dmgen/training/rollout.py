@@ -38,19 +38,19 @@ class Rollout:
     def draw(self, state: TrainState) -> Batch:
         """Return the texts of one step with log P, log q, features, and log a, log π if known."""
         setup = self.setup
-        own = self._from_fit(state) or self._from_models(state)
+        local = self._from_fit(state) or self._from_models(state)
         target, gather = setup.target, setup.processes.gather
-        tokens = setup.objective.draw_columns(state, own, target)
+        tokens = setup.objective.draw_columns(state, local, target)
         if "log_base" in tokens:
-            own = replace(own, log_base=tokens["log_base"].sum(-1))
-        log_score = target.log_score(own.texts, base_log_prob=own.log_base)
+            local = replace(local, log_base=tokens["log_base"].sum(-1))
+        log_score = target.log_score(local.texts, base_log_prob=local.log_base)
         return replace(
-            own,
-            log_q=gather(own.log_q),
+            local,
+            log_q=gather(local.log_q),
             log_score=gather(log_score),
-            features={k: gather(v) for k, v in target.values(own.texts).items()},
-            log_policy=None if own.log_policy is None else gather(own.log_policy),
-            log_base=None if own.log_base is None else gather(own.log_base),
+            features={k: gather(v) for k, v in target.values(local.texts).items()},
+            log_policy=None if local.log_policy is None else gather(local.log_policy),
+            log_base=None if local.log_base is None else gather(local.log_base),
             tokens={k: gather(v) for k, v in tokens.items()},
             first=setup.rows.start,
         )

@@ -65,8 +65,8 @@ class Trainer:
         if not trainable or policy is target.base:
             raise ValueError("the policy has no trainable weights: use policy = base.copy()")
         self.setup = Setup.of(policy, target, config, objective, proposal)
-        own = objective.init(policy, target)
-        trained = [x for x in own.values() if isinstance(x, torch.nn.Parameter)]
+        own_state = objective.init(policy, target)
+        trained = [x for x in own_state.values() if isinstance(x, torch.nn.Parameter)]
         is_auto = config.learning_rate == "auto"
         z = RunningZ.from_score(target.log_z)
         self.state = TrainState(
@@ -76,7 +76,7 @@ class Trainer:
             rate=FIRST_RATE if is_auto else float(config.learning_rate),
             z=z,
             z_before=z,
-            objective=own,
+            objective=own_state,
             micro_batch_size=config.micro_batch_size,
         )
         self.source: Source = source or Rollout(self.setup)
