@@ -68,7 +68,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "dmgen.samplers": ("dmgen.training", "dmgen.monte_carlo"),
     "dmgen.samplers.acceptance": ("dmgen.monte_carlo.acceptance",),
     "dmgen.samplers.config": ("dmgen.training.config",),
-    "dmgen.samplers.kl_control": ("dmgen.training.methods", "dmgen.training.kl_control"),
+    "dmgen.samplers.kl_control": ("dmgen.training.methods", "dmgen.training.ppo"),
     "dmgen.samplers.monte_carlo": ("dmgen.monte_carlo",),
     "dmgen.samplers.objectives": ("dmgen.training.objectives",),
     "dmgen.samplers.policy_gradient": ("dmgen.training.methods",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import contracts
@@ -197,4 +198,4 @@ def batch_of(trainer, samples, log_z=0.0, log_policy=None):
         log_z=torch.full((len(samples),), log_z, dtype=torch.float64),
     )
     columns = trainer.setup.objective.draw_columns(trainer.state, batch, target)
-    return trainer.setup.objective.prepare(trainer.state, batch.with_(tokens=columns), target)
+    return trainer.setup.objective.prepare(trainer.state, replace(batch, tokens=columns), target)

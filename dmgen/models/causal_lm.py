@@ -38,10 +38,9 @@ class CausalLM:
         max_new_tokens: default length of a text, in tokens.
         dtype: float32, bfloat16 or float16, the precision of computing; None takes that of the
             weights. For training use bfloat16: in float16, gradients of small advantages round to
-            0. Trainable weights are always float32. Frozen float32 weights are converted at each
-            use: to compute in bfloat16, load them in bfloat16. Hidden states still add up in
-            float32, so that a `copy` of a dense transformer is the same distribution to the last
-            bit.
+            0. Trainable weights are always float32; frozen float32 weights are converted at each
+            use. Hidden states add up in float32, so that a `copy` of a dense transformer is the
+            same distribution to the last bit.
         chunked_head: score and train in blocks of the vocabulary, so that the logits of all tokens
             at all positions are never in memory. False uses the model's own logits, as is always
             done if the model caps, scales or otherwise changes them.
@@ -110,9 +109,8 @@ class CausalLM:
             name: "tiny-bios", a folder written by `save_pretrained`, or a hub id such as "gpt2".
             device: None takes a CUDA device if there is one, by the local rank of the process, else
                 the CPU.
-            dtype: float32, bfloat16 or float16, the precision of computing. None means float32: in
-                bfloat16 the log-probability of a 40-token text is off by 0.25 nats on average,
-                which reduces the effective sample size.
+            dtype: see `CausalLM`; None means float32: in bfloat16 the log-probability of a 40-token
+                text is off by 0.25 nats on average, which reduces the effective sample size.
             max_new_tokens: default length of a text, in tokens.
             trust_remote_code: run code that comes with the checkpoint.
             chunked_head: see `CausalLM`.
@@ -252,11 +250,6 @@ class CausalLM:
 
         Texts are read without a prompt; special tokens in them are plain text. The embedding of the
         empty text is the state before any token; a text longer than the model's context is cut off.
-        The heads of `features.classifier` read these embeddings.
-
-        Args:
-            texts: N texts.
-            batch_size: texts per forward pass; None chooses by memory.
 
         Returns:
             float32 `(N, D)`, on the CPU.

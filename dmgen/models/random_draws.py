@@ -16,9 +16,8 @@ _CACHED = 2**20
 def uniforms(n: int, length: int, *, seed: int | None, generator: torch.Generator | None) -> Tensor:
     """Return the float64 `(n, length)` block of uniforms in [0, 1) for a draw of `n` texts.
 
-    Row i belongs to text i, so a text does not depend on how the draw is split into batches.
-    With neither `seed` nor `generator` the draw is not reproducible. No global state is read or
-    set.
+    Row i belongs to text i, so a text does not depend on how the draw is split into batches. With
+    neither `seed` nor `generator` the draw is not reproducible.
 
     Raises:
         ValueError: `n` or `length` is not positive, or both `seed` and `generator` are given.
@@ -33,10 +32,7 @@ def uniforms(n: int, length: int, *, seed: int | None, generator: torch.Generato
 
 
 def stream(purpose: str, seed: int | None) -> torch.Generator:
-    """Return a generator seeded by both arguments: different purposes draw different texts.
-
-    With `seed=None` it is seeded by the system's entropy.
-    """
+    """Return a generator seeded by purpose and seed, or by the system's entropy without a seed."""
     if seed is not None:
         digest = hashlib.sha256(f"{purpose} {seed}".encode()).digest()
         seed = int.from_bytes(digest[:8], "big", signed=True)
@@ -57,9 +53,8 @@ def draw_tokens(logits: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     The formula is `token = searchsorted(cumsum(softmax(logits)), u)`. A float32 cumsum over a large
     vocabulary gives rare tokens bins of zero width, so the sum is taken in two levels: first a
     block of tokens is chosen, then a token inside it, both with float64 cumsums. A token of
-    probability 0 is never drawn. The log-probability is that of the two choices, so it is exact for
-    the distribution that the token is drawn from; it differs from the log-softmax by the float32
-    rounding of a block's sum.
+    probability 0 is never drawn. The log-probability is exactly that of the two choices; it differs
+    from the log-softmax by the float32 rounding of a block's sum.
 
     Args:
         logits: `(N, V)`; types narrower than float32 are converted to it first. `-inf` is legal,

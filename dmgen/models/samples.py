@@ -87,11 +87,7 @@ class Samples:
 
     @staticmethod
     def cat(parts: Sequence[Samples]) -> Samples:
-        """Return all texts of `parts` in one batch, in order, padded to the widest part.
-
-        Raises:
-            ValueError: `parts` is empty.
-        """
+        """Return the texts of at least one part as one batch, padded to the widest part."""
         if not parts:
             raise ValueError("Samples.cat needs at least one part, got an empty sequence")
         width = max(p.tokens.shape[1] for p in parts)
@@ -115,12 +111,7 @@ def mask_until_eos(tokens: Tensor, eos: int) -> Tensor:
 
 
 def check_log_prob(log_prob: Tensor, texts: Sequence[str]) -> None:
-    """Raise ValueError, naming the first text, where log-probabilities are NaN or `+inf`.
-
-    Args:
-        log_prob: `(N,)` or `(N, T)`, nats.
-        texts: N texts.
-    """
+    """Raise ValueError for the first text with a `log_prob`, `(N,)` or `(N, T)`, NaN or `+inf`."""
     bad = torch.isnan(log_prob) | (log_prob == torch.inf)
     if bad.any():
         i = int(bad.nonzero()[0, 0])

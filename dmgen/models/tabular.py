@@ -27,12 +27,7 @@ class TabularLM:
     """
 
     def __init__(
-        self,
-        vocab: Sequence[str],
-        logits: Tensor,
-        max_new_tokens: int,
-        *,
-        eos: str | None = None,
+        self, vocab: Sequence[str], logits: Tensor, max_new_tokens: int, *, eos: str | None = None
     ) -> None:
         self.vocab = list(vocab)
         self.max_new_tokens = max_new_tokens
@@ -82,11 +77,7 @@ class TabularLM:
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
     ) -> Samples:
-        """Draw `n` texts as described in `Sampler.sample`; `batch_size` has no effect.
-
-        Raises:
-            ValueError: a prompt is given, or `max_new_tokens` exceeds the table.
-        """
+        """Draw `n` texts, see `Sampler.sample`; a prompt is refused, `batch_size` has no effect."""
         self._refuse_prompt(prompt)
         length = self._length(max_new_tokens)
         u = uniforms(n, length, seed=seed, generator=generator)
@@ -124,10 +115,7 @@ class TabularLM:
     ) -> Tensor:
         """Return the log-probability of each token in nats, float64 `(N, T)`, 0 where masked.
 
-        `batch_size` and `hidden` have no effect.
-
-        Raises:
-            ValueError: a text has a prompt or is longer than the table, or the table holds NaN.
+        `batch_size` and `hidden` have no effect. Raise ValueError for texts outside of the table.
         """
         used = self._longest(samples)
         with torch.set_grad_enabled(grad):
@@ -140,10 +128,8 @@ class TabularLM:
     ) -> Tensor:
         """Return the table row of each prefix, one-hot, float64 `(N, T, P)`, 0 where masked.
 
-        It depends on no parameter, so it has no gradient; `batch_size` and `grad` have no effect.
-
-        Raises:
-            ValueError: a text has a prompt or is longer than the table.
+        It depends on no parameter, so that `grad` and `batch_size` have no effect. Raise ValueError
+        for texts outside of the table.
         """
         used = self._longest(samples)
         tokens, mask = samples.tokens[:, :used], samples.mask[:, :used]

@@ -7,17 +7,13 @@ from contextlib import contextmanager
 
 from dmgen.training.state import TrainState
 
-__all__ = ["hide_average", "show_average", "shown_average", "update_average"]
 
-
-def update_average(state: TrainState, decay: float | None) -> None:
-    """Count the weights after the step that begins at `state.step`; nothing where decay is None."""
-    if decay is None:
-        return
+def update_average(state: TrainState, decay: float) -> None:
+    """Add the weights to the average, after the step that begins at `state.step`."""
     weights = state.policy.state_dict()
     if not state.average:
         state.average = {k: v.clone() for k, v in weights.items()}
-    # Early on, an average over all steps so far: the decay's own horizon is not reached yet.
+    # Early on, a plain mean over all steps so far, which are fewer than the decay averages over.
     decay = min(decay, state.step / (state.step + 1))
     for name, value in weights.items():
         state.average[name].lerp_(value, 1 - decay)
@@ -37,7 +33,7 @@ def hide_average(state: TrainState) -> None:
 
 @contextmanager
 def shown_average(state: TrainState) -> Iterator[None]:
-    """Show the average for the time of a with block."""
+    """Show the average during a with block."""
     show_average(state)
     try:
         yield
@@ -46,6 +42,6 @@ def shown_average(state: TrainState) -> Iterator[None]:
 
 
 def _swap(state: TrainState) -> None:
-    own = {k: v.clone() for k, v in state.policy.state_dict().items()}
+    weights = {k: v.clone() for k, v in state.policy.state_dict().items()}
     state.policy.load_state_dict(state.average)
-    state.average, state.average_shown = own, not state.average_shown
+    state.average, state.average_shown = weights, not state.average_shown

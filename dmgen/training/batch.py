@@ -1,17 +1,15 @@
-"""`Batch`: the texts of one training step with everything that is known of them."""
+"""`Batch`: the texts of one training step with their known quantities."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dmgen.models.samples import Samples
-
-__all__ = ["Batch"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,9 +23,9 @@ class Batch:
         log_score: log P, unnormalised, `(N,)`, nats; `-inf` where a constraint is violated.
         log_base: log a, `(N,)`, nats.
         log_policy: log π, `(N,)`, nats, detached.
-        log_z: log Z, `(N,)`, nats, one entry a text: texts of one prompt share it.
+        log_z: log Z of each text's prompt, `(N,)`, nats.
         reward: reward of each text, `(N,)`, for objectives that maximise one.
-        tokens: columns `(N, T)` by name, 0 where a text has ended; which, the objective says.
+        tokens: the objective's token columns `(N, T)` by name, 0 after the end of a text.
         first: row of this process's first text.
         is_new: whether the weights have not been counted in the running Z yet.
         from_proposal: whether the texts were drawn from the current proposal.
@@ -52,31 +50,20 @@ class Batch:
     def __getitem__(self, index: slice | Sequence[int] | Tensor) -> Batch:
         """Return the chosen rows; they must be rows of this process where there are samples."""
         rows = torch.arange(len(self))[index]
-
-        def of(column: Tensor | None) -> Tensor | None:
-            return None if column is None else column[rows]
-
-        return replace(
-            self,
-            log_q=self.log_q[rows],
-            samples=None if self.samples is None else self.samples[rows - self.first],
-            features={name: column[rows] for name, column in self.features.items()},
-            log_score=of(self.log_score),
-            log_base=of(self.log_base),
-            log_policy=of(self.log_policy),
-            log_z=of(self.log_z),
-            reward=of(self.reward),
-            tokens={name: column[rows] for name, column in self.tokens.items()},
-            first=0,
-        )
+        columns: dict[str, Any] = {"first": 0}
+        for name in (f.name for f in fields(self)):
+            value = getattr(self, name)
+            if isinstance(value, Samples):
+                columns[name] = value[rows - self.first]
+            elif isinstance(value, Tensor):
+                columns[name] = value[rows]
+            elif isinstance(value, Mapping):
+                columns[name] = {key: column[rows] for key, column in value.items()}
+        return replace(self, **columns)
 
     @property
     def texts(self) -> Samples:
-        """The texts of this process.
-
-        Raises:
-            ValueError: the batch consists of columns alone.
-        """
+        """The texts of this process; raise ValueError where the batch has columns alone."""
         if self.samples is None:
             raise ValueError("this batch has columns but no texts")
         return self.samples
@@ -87,19 +74,11 @@ class Batch:
         return slice(self.first, self.first + len(self.texts))
 
     def column(self, name: str) -> Tensor:
-        """Return a column that must be known, `(N,)`.
-
-        Raises:
-            ValueError: it is unknown.
-        """
+        """Return a column that must be known, `(N,)`; raise ValueError if it is unknown."""
         value = getattr(self, name)
         if not isinstance(value, Tensor):
             raise ValueError(f"this batch does not know {name}: its source must give it")
         return value
-
-    def with_(self, **columns: Any) -> Batch:
-        """Return the batch with these fields replaced."""
-        return replace(self, **columns)
 
     @property
     def log_w(self) -> Tensor:

@@ -12,33 +12,32 @@ from torch import Tensor
 
 from dmgen.estimates.f_divergence import f_divergence
 from dmgen.training import run_folder
-from dmgen.training.config import TrainerConfig
 from dmgen.training.setup import Setup
-from dmgen.training.state import TrainState, tensors_of
-
-__all__ = ["load", "save"]
+from dmgen.training.state import TrainState
 
 _FORMAT = 2
 
 
 def save(state: TrainState, setup: Setup, folder: Path) -> None:
     """Write a checkpoint into a run folder, atomically."""
-    saved = state.state_dict()
-    # Tensors go into one file, everything else into the other.
-    plain = {k: v for k, v in saved.items() if not isinstance(v, Tensor | dict) or k in _VALUES}
+    saved, config = state.state_dict(), setup.config
+    tensors: dict[str, Tensor] = {}
+    plain = {}
+    for name, value in saved.items():
+        if isinstance(value, Tensor):
+            tensors[name] = value
+        elif isinstance(value, dict) and any(isinstance(v, Tensor) for v in value.values()):
+            tensors |= {f"{name}.{key}": tensor for key, tensor in value.items()}
+        else:
+            plain[name] = value
     facts = {
         "format": _FORMAT,
         "run": _identity(setup),
-        "config": _settings(setup.config),
+        "config": asdict(config) | {"baseline": getattr(config.baseline, "name", config.baseline)},
         "device": _device(state),
         "state": plain,
     }
-    tensors = dict(tensors_of({k: v for k, v in saved.items() if k not in plain}))
     run_folder.save_checkpoint(folder, state.step, tensors, facts)
-
-
-# Fields that are values of numbers alone.
-_VALUES = {"z", "z_before", "z_round", "health"}
 
 
 def load(state: TrainState, setup: Setup, folder: Path) -> None:
@@ -46,21 +45,21 @@ def load(state: TrainState, setup: Setup, folder: Path) -> None:
 
     Raises:
         ValueError: there is no checkpoint, or it belongs to another objective, target, optimizer,
-            proposal rule, seed, proposal or policy; the state is as it was.
+            proposal rule, seed, proposal or policy; the state stays as it was.
     """
     tensors, facts = run_folder.load_checkpoint(folder)
     if "format" not in facts:
         tensors, facts = _from_version_0_1(tensors, facts)
     _refuse_other_run(facts["run"], setup, folder)
-    saved = {f.name: facts["state"].get(f.name, {}) for f in fields(state)} | _nested(tensors)
+    saved = {f.name: {} for f in fields(state)} | facts["state"] | _by_field(tensors)
     if saved["objective"].keys() - state.objective.keys():
         raise ValueError(
-            f"the checkpoint in {folder} holds {sorted(saved['objective'])} of the objective's "
-            f"own, not {sorted(state.objective)}: make the trainer with the options it was trained "
-            "with"
+            f"the objective's state in the checkpoint in {folder} holds "
+            f"{sorted(saved['objective'])}, not {sorted(state.objective)}: make the trainer with "
+            "the options of that run"
         )
     _refuse_other_policy(saved["policy"], state.policy.state_dict(), folder)
-    # How the run goes on may change: its settings overrule the checkpoint.
+    # Some settings may change in a resumed run: they overrule the checkpoint.
     if setup.config.learning_rate != "auto":
         saved["rate"] = state.rate
     if setup.config.average_decay is None:
@@ -73,7 +72,7 @@ def load(state: TrainState, setup: Setup, folder: Path) -> None:
 
 
 def _identity(setup: Setup) -> dict[str, Any]:
-    """Return what a resumed run must have in common with the run in its checkpoint."""
+    """Return the facts that must be equal in a checkpoint and the run that resumes it."""
     first = setup.first_proposal
     facts = setup.objective.identity() | {
         "target": setup.target.to_dict(),
@@ -86,28 +85,20 @@ def _identity(setup: Setup) -> dict[str, Any]:
     return plain
 
 
-def _settings(config: TrainerConfig) -> dict[str, Any]:
-    """Return the settings in plain values; a baseline of the user's own by its name."""
-    return asdict(config) | {"baseline": getattr(config.baseline, "name", config.baseline)}
-
-
 def _device(state: TrainState) -> str:
     return str(state.parameters[0].device.type)
 
 
-def _nested(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+def _by_field(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return tensors by field, as `TrainState.load_state_dict` reads them."""
-    nested: dict[str, Any] = {}
-    for name, value in tensors.items():
-        field, _, rest = name.partition(".")
-        if not rest:
-            nested[field] = value
-        elif field == "optimizer":
-            i, key = rest.split(".")
-            nested.setdefault(field, {}).setdefault(i, {})[key] = value
+    values: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        field, _, key = name.partition(".")
+        if key:
+            values.setdefault(field, {})[key] = tensor
         else:
-            nested.setdefault(field, {})[rest] = value
-    return nested
+            values[field] = tensor
+    return values
 
 
 def _refuse_other_run(saved: Mapping[str, Any], setup: Setup, folder: Path) -> None:
@@ -116,8 +107,8 @@ def _refuse_other_run(saved: Mapping[str, Any], setup: Setup, folder: Path) -> N
     if had != current["own_proposal"]:
         has = ("had", "has not") if had else ("had no", "has one")
         raise ValueError(
-            f"the run in {folder} {has[0]} proposal= and this trainer {has[1]}: make it as it was "
-            "made"
+            f"the run in {folder} {has[0]} proposal= and this trainer {has[1]}: make the trainer "
+            "as for that run"
         )
     for key, value in current.items():
         if key in saved and saved[key] != value:
@@ -136,35 +127,22 @@ def _refuse_other_policy(
         raise ValueError(
             f"the checkpoint in {folder} is of another policy: it has {name} as "
             f"{shapes[0].get(name, 'nothing')}, this one as {shapes[1].get(name, 'nothing')} "
-            f"({len(different)} such): make the policy as it was made for that run"
+            f"({len(different)} such): make the policy as for that run"
         )
-
-
-# Objectives by the class names that checkpoints of version 0.1 hold.
-_OBJECTIVES_0_1 = {
-    "DPG": "dpg",
-    "GDC": "gdc",
-    "GDCpp": "gdc++",
-    "FDPG": "fdpg",
-    "VarGrad": "vargrad",
-    "Reinforce": "reinforce",
-    "ReinforceP": "reinforce-p",
-    "KLControl": "kl-control",
-}
 
 
 def _from_version_0_1(
     tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return a checkpoint of version 0.1 in today's form."""
-    renamed = {
-        name.replace("own.", "objective.", 1) if name.startswith("own.") else name: value
-        for name, value in tensors.items()
-    }
-    if "since_change" in renamed:
-        renamed["compared"] = renamed.pop("since_change")
-    config = facts["config"]
-    objective = _OBJECTIVES_0_1[facts["sampler"]]
+    new_names = {"own": "objective", "since_change": "compared"}
+    renamed = {}
+    for name, tensor in tensors.items():
+        field, dot, key = name.partition(".")
+        renamed[new_names.get(field, field) + dot + key] = tensor
+    config, method = facts["config"], facts["sampler"]
+    differing = {"GDCpp": "gdc++", "ReinforceP": "reinforce-p", "KLControl": "kl-control"}
+    objective = differing.get(method, method.lower())
     run = {"objective": objective, "target": facts["target"]} | {
         key: config[key] for key in ("optimizer", "seed")
     }

@@ -22,17 +22,6 @@ _TYPES = {
     "None": type(None),
     "Baseline": Baseline,
 }
-_AT_LEAST_ONE = (
-    "batch_size",
-    "micro_batch_size",
-    "backward_size",
-    "total_steps",
-    "reuse",
-    "proposal_every",
-    "checkpoint_every",
-    "evaluate_every",
-    "diagnose_every",
-)
 
 
 @dataclass(frozen=True)
@@ -40,49 +29,47 @@ class TrainerConfig:
     """Settings of a training run.
 
     Attributes:
-        batch_size: texts drawn a step.
-        micro_batch_size: texts in one forward and backward pass; None takes what fits into the
-            free memory of the device (`memory.micro_batch`), or what the run had that is resumed on
-            a CPU. It changes memory and speed, not the gradient.
-        backward_size: run the backward pass on this many texts a step, drawn with probability
-            proportional to |advantage| and weighted by its inverse, which leaves the expected
-            gradient as it is; None uses all. Most texts carry little of the gradient when a
-            constraint is rare.
-        learning_rate: peak step size; "auto" follows the KL divergence that each step is measured
-            to make, see `step_kl`.
-        step_kl: with learning_rate "auto", the KL(π before‖π after) that a step may make, nats.
-        warmup_steps: linear warmup from 0. Adam's first steps have the size of the learning rate
-            whatever the gradient is, so they need one.
+        batch_size: texts drawn per step.
+        micro_batch_size: texts in one forward and backward pass; None takes as many as fit into
+            the free memory (`memory.micro_batch`), or the number of the run that is resumed on a
+            CPU. It changes memory and speed, not the gradient.
+        backward_size: texts per step in the backward pass, drawn with probability proportional to
+            |advantage| and weighted by its inverse, which keeps the expected gradient; None uses
+            all. Under a rare constraint most texts contribute little.
+        learning_rate: peak step size; "auto" adapts it to the KL of the steps, see `step_kl`.
+        step_kl: with learning_rate "auto", the KL(π before‖π after) of a step to reach, nats.
+        warmup_steps: linear warmup from 0, which Adam needs, since its first steps have the size
+            of the learning rate whatever the gradient is.
         schedule: "constant", "linear" or "cosine" decay to 0 at `total_steps`.
         total_steps: length of a decaying schedule; steps after it have no effect.
         optimizer: "adam", "adamw" or "sgd" (momentum 0.9).
-        max_grad_norm: clip the norm of the gradient, once a step; None does not clip.
-        average_decay: keep an exponential average of the weights with this decay a step, and put
-            it into the policy when `train` or `resume` ends; None keeps the last weights. An
-            average spends less of the KL budget on gradient noise.
-        baseline: the factor κ of π/q that the advantage subtracts: None is the method's own,
-            `objectives.advantage` lists the names, and a `Baseline` is one of the user's own.
-        reuse: gradient steps on each batch; the weights of those after the first are corrected for
-            the policy that has moved.
-        base_share: share of each batch that is drawn from the base whatever the proposal is. The
-            weights of the mixture are bounded by 1/base_share times those of the base.
+        max_grad_norm: largest norm of the gradient, once per step; None does not clip.
+        average_decay: decay per step of an exponential average of the weights, which is put into
+            the policy when `train` or `resume` ends and has less gradient noise; None keeps the
+            last weights.
+        baseline: the factor κ of π/q that the advantage subtracts: a name (see
+            `objectives.advantage`), a `Baseline` of the user's own, or None for the method's.
+        reuse: gradient steps on each batch; those after the first are weighted by the policy at
+            that step.
+        base_share: fraction of each batch that is drawn from the base whatever the proposal is,
+            which bounds the weights by 1/base_share times those of the base.
         proposal_every: steps between tests of the proposal.
-        proposal_rule: None is the method's own. "policy" draws from the policy itself; "kl" and
-            "tv" from a frozen copy that is replaced when the policy is measurably closer to the
-            target; "never" from the base, or the `proposal` that the trainer is given.
-        first_batches_from_fit: use the texts that λ was fitted on as the first batches: they are
-            drawn, scored and looked at already.
-        checkpoint_every: steps between checkpoints; None: only where `train` ends.
-        evaluate_every: steps between evaluations on fresh samples, of the averaged weights where
-            an average is kept; None: never.
+        proposal_rule: "policy" draws from the policy itself; "kl" and "tv" from a frozen copy that
+            is replaced when the policy is measurably closer to the target; "never" from the base,
+            or the `proposal` of the trainer; None is the method's own rule.
+        first_batches_from_fit: use the texts that λ was fitted on, which are drawn and scored
+            already, as the first batches.
+        checkpoint_every: steps between checkpoints; None: only when `train` ends.
+        evaluate_every: steps between evaluations on fresh samples, of the averaged weights if
+            there is an average; None: never.
         diagnose_every: steps between measurements of the gradient's variance
             (`diagnostics.gradient_variance`), one backward pass a text; None: never.
-        seed: of every draw of the run.
+        seed: seed of all draws of the run.
 
     Raises:
         ValueError: a value is out of its range.
-        TypeError: an unknown setting, or a value of the wrong type, such as the string that YAML
-            makes of 1e-4.
+        TypeError: an unknown setting, or a value of the wrong type, such as 1e-4, which YAML reads
+            as a string.
     """
 
     batch_size: int = 512
@@ -109,10 +96,11 @@ class TrainerConfig:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, _checked(f.name, str(f.type), getattr(self, f.name)))
-        for name in _AT_LEAST_ONE:
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), least=1)
+            value = _checked(f.name, str(f.type), getattr(self, f.name))
+            object.__setattr__(self, f.name, value)
+            is_count = str(f.type).startswith("int") and f.name not in ("warmup_steps", "seed")
+            if is_count and value is not None:
+                check_integer(f.name, value, least=1)
         check_integer("warmup_steps", self.warmup_steps, least=0)
         if isinstance(self.learning_rate, str):
             if self.learning_rate != "auto":
@@ -139,7 +127,7 @@ class TrainerConfig:
         if self.base_share and not 0 < self.n_base < self.batch_size:
             raise ValueError(
                 f"base_share {self.base_share} of a batch of {self.batch_size} is {self.n_base} "
-                "texts: it must be some of them, and not all"
+                "texts: it must be at least one text, and not all"
             )
         if self.schedule != "constant" and self.total_steps is None:
             raise ValueError(
@@ -156,20 +144,19 @@ class TrainerConfig:
 
     def share_at(self, step: int) -> float:
         """Return the fraction of the peak learning rate for the step after `step` steps."""
-        share = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        fraction = min(1.0, (step + 1) / (self.warmup_steps + 1))
         if self.schedule == "constant" or self.total_steps is None:
-            return share
+            return fraction
         left = max(0.0, 1 - step / self.total_steps)
-        return share * (left if self.schedule == "linear" else 0.5 - 0.5 * math.cos(math.pi * left))
+        if self.schedule == "cosine":
+            left = 0.5 - 0.5 * math.cos(math.pi * left)
+        return fraction * left
 
 
 def _checked(name: str, annotation: str, value: Any) -> Any:
-    """Return a value of the type that its annotation names; an int serves as a float.
-
-    Numbers of numpy become Python's own, which JSON can hold.
-    """
+    """Return a value of the annotated type, as a number of Python; an int may be a float."""
     kinds = tuple(_TYPES[part] for part in annotation.split(" | "))
-    # bool is an int in Python, and batch_size=True is a slip.
+    # bool is an int in Python, and batch_size=True is a mistake.
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         raise TypeError(f"{name} must be {annotation}, got {value!r}")
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -15,19 +15,13 @@ from dmgen.training.batch import Batch
 
 
 def batch_statistics(batch: Batch, advantage: Tensor) -> dict[str, float]:
-    """Return metrics of target and policy from the log-probabilities of a batch alone.
+    """Return metrics of a batch with log P and log π, from its log-probabilities alone.
 
-    Args:
-        batch: texts with log P and log π.
-        advantage: `(N,)`.
-
-    Returns:
-        ESS in texts, KL(p‖π) and KL(p‖q) in nats (NaN where every text has P = 0), mean, mean size
-        and variance of the advantage, the largest weight as a fraction (where there is one), and
-        "moment/NAME", the policy's.
+    They are the ESS in texts, KL(p‖π) and KL(p‖q) in nats (NaN where every text has P = 0), mean,
+    mean size and variance of the advantage `(N,)`, the largest weight as a fraction (unless all are
+    0), and the policy's moments, "moment/NAME".
     """
     log_w, log_policy = batch.log_w, batch.column("log_policy")
-    # Nothing is known of p before the first text with P > 0.
     any_hit = bool((log_w > -math.inf).any())
     to_policy, to_proposal = (
         divergences.kl(batch.column("log_score"), log_x, batch.log_q).value if any_hit else math.nan
@@ -49,18 +43,11 @@ def batch_statistics(batch: Batch, advantage: Tensor) -> dict[str, float]:
 
 
 def gradient_variance(policy: Any, samples: Samples, advantage: Tensor) -> dict[str, float]:
-    """Return trace of covariance and norm of mean of the texts' gradients `A_i ∇log π(x_i)`.
+    """Return the variance and the norm of the mean of the texts' gradients `g_i = A_i ∇log π(x_i)`.
 
     `grad_variance = mean ‖g_i‖² − ‖mean g_i‖²`, `grad_norm = ‖mean g_i‖`, over all trainable
-    parameters. One backward pass a text, and none where A = 0; memory is that of one gradient.
-
-    Args:
-        policy: the model whose gradient it is.
-        samples: N texts.
-        advantage: `(N,)`, detached.
-
-    Returns:
-        "grad_variance" and "grad_norm", in 1/nats² and 1/nats of the parameters' unit.
+    parameters; the advantage is `(N,)`, detached. It costs one backward pass a text, none where
+    A = 0, and the memory of one gradient.
 
     Source: Korbak et al. 2022, section 4.4 and Figure 5.
     """
@@ -69,7 +56,7 @@ def gradient_variance(policy: Any, samples: Samples, advantage: Tensor) -> dict[
     sum_sq = 0.0
     for i in advantage.nonzero().squeeze(-1).tolist():
         objective = policy.log_prob(samples[i : i + 1], grad=True).sum() * float(advantage[i])
-        # What no text uses, such as the part of a model that sees images, has a gradient of 0.
+        # Parameters that no text uses, such as those for images, have a gradient of 0.
         grads = torch.autograd.grad(
             objective, parameters, allow_unused=True, materialize_grads=True
         )

@@ -1,11 +1,10 @@
-"""Several processes that train one policy: who draws which texts, and what is summed over all.
+"""Several processes that train one policy: the texts of each, and the sums over all.
 
 Started by `accelerate launch --multi_gpu --num_processes 2 ...`, on CPUs too, or by
 `torchrun --nproc_per_node 2 ...`: NCCL on GPUs, gloo on CPUs. (`accelerate launch --cpu` starts one
-process unless there is MPI.) Each process
-draws and differentiates its share of every batch; log-probabilities and feature values, a few
-numbers a text, are gathered, so that all processes compute the same statistics from the same
-numbers and take the same step.
+process unless there is MPI.) Each process draws and differentiates its part of every batch.
+Log-probabilities and feature values, a few numbers a text, are gathered, so that all processes
+compute equal statistics and take the same step.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ class Processes:
 
     Attributes:
         rank: its number, from 0.
-        count: how many there are.
-        on_cpu: whether what they train is on the CPU, beside a GPU too.
+        count: number of processes.
+        on_cpu: whether the policy is on the CPU, which a machine with a GPU does not rule out.
     """
 
     rank: int = 0
@@ -36,49 +35,45 @@ class Processes:
 
     @classmethod
     def here(cls, device: torch.device) -> Processes:
-        """What the launcher's environment says; a single process without a launcher.
-
-        Args:
-            device: where the policy is.
-        """
+        """Return the processes of the launcher's environment, for a policy on `device`."""
         if n_launched() == 1:
             return cls()
         return cls(int(os.environ.get("RANK", "0")), n_launched(), device.type == "cpu")
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes files and shows progress."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     def rows(self, n: int) -> range:
-        """The rows of a batch of `n` texts that this process draws.
+        """Return this process's rows of a batch of `n` texts.
 
         Raises:
             ValueError: `n` is not a multiple of the number of processes.
         """
         if n % self.count:
             raise ValueError(
-                f"a batch of {n} texts cannot be shared by {self.count} processes: make batch_size "
-                f"a multiple of {self.count}"
+                f"a batch of {n} texts cannot be divided among {self.count} processes: make "
+                f"batch_size a multiple of {self.count}"
             )
-        share = n // self.count
-        return range(self.rank * share, (self.rank + 1) * share)
+        n_rows = n // self.count
+        return range(self.rank * n_rows, (self.rank + 1) * n_rows)
 
-    def gather(self, own: Tensor) -> Tensor:
-        """The rows of all processes, `(n, ...)`, in order of rank, from those of this one."""
+    def gather(self, local: Tensor) -> Tensor:
+        """Return the rows of all processes, `(n, ...)`, in order of rank."""
         if self.count == 1:
-            return own
+            return local
         device = self._state().device
-        parts = [torch.empty_like(own, device=device) for _ in range(self.count)]
-        distributed.all_gather(parts, own.detach().contiguous().to(device))
-        return torch.cat(parts).to(own.device)
+        parts = [torch.empty_like(local, device=device) for _ in range(self.count)]
+        distributed.all_gather(parts, local.detach().contiguous().to(device))
+        return torch.cat(parts).to(local.device)
 
-    def agree(self, own: Tensor) -> bool:
-        """Whether all processes hold the same numbers."""
-        return bool((self.gather(own).view(self.count, *own.shape) == own).all())
+    def agree(self, local: Tensor) -> bool:
+        """Return whether all processes hold the same numbers."""
+        return bool((self.gather(local).view(self.count, *local.shape) == local).all())
 
     def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replaces each gradient by its sum over all processes."""
+        """Replace each gradient by its sum over all processes."""
         if self.count == 1:
             return
         parameters = list(parameters)
@@ -92,22 +87,22 @@ class Processes:
             p.grad = g.view_as(p)
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Return when all processes have called this."""
         if self.count > 1:
             self._state().wait_for_everyone()
 
     def _state(self) -> PartialState:
-        """What connects the processes: made when they first speak, unless a caller has made it."""
+        """Return the connection of the processes, made at the first call or by the caller."""
         ours = not distributed.is_initialized()
-        # Without being told, accelerate sees no processes on a machine without a GPU.
+        # Without `cpu`, accelerate finds no processes on a machine without a GPU.
         state = PartialState(cpu=self.on_cpu or not torch.cuda.is_available())
-        # A thread of gloo's that lets go of its last tensor while the interpreter ends aborts the
-        # process, after all work is done. (NCCL's would wait for processes that may have failed.)
+        # A thread of gloo that releases its last tensor while the interpreter ends aborts the
+        # process, after all work is done. (NCCL would wait for processes that may have failed.)
         if ours and state.backend == "gloo":
             atexit.register(state.destroy_process_group)
         return state
 
 
 def n_launched() -> int:
-    """How many processes a launcher has started; 1 without one."""
+    """Return the number of processes that a launcher has started; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))

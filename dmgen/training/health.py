@@ -1,4 +1,4 @@
-"""Warnings of a run that fails: collapsed weights, no hits, contradicting estimates of Z."""
+"""Warnings of a failing run: collapsed weights, no text with P > 0, contradictory Z."""
 
 from __future__ import annotations
 
@@ -7,23 +7,21 @@ import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["Health", "watch"]
-
-# A batch counts as collapsed under this fraction of effective texts, or so few of them (1 is one
-# text that carries all), and a run after so many such batches.
+# A batch has collapsed if its ESS is below this fraction of its texts, or below this number (an ESS
+# of 1 means one text with all the weight); a run, after this many such batches in a row.
 _LEAST_FRACTION, _LEAST, _PATIENCE = 0.01, 1.5, 10
-# A two-sided 5 sigma event; heavy-tailed weights can make a false alarm of less.
+# In standard errors, two-sided: heavy-tailed weights can raise a false alarm at less.
 _MOST_DRIFT = 5.0
 
 
 @dataclass(frozen=True)
 class Health:
-    """What rows of metrics have shown so far.
+    """The signs of a failing run so far.
 
     Attributes:
         n_low: collapsed batches in a row.
         n_without_z: batches in a row without any text with P > 0.
-        warned: the warnings that were given; each is given once a run.
+        warned: the warnings already given; each is given once a run.
     """
 
     n_low: int = 0
@@ -39,11 +37,7 @@ def watch(
 ) -> Health:
     """Return the health after one more row of metrics.
 
-    Args:
-        health: before the row.
-        row: metrics of one step.
-        batch_size: texts a step.
-        is_weighted: whether the gradient is a mean under importance weights.
+    `is_weighted` is whether the gradient is a mean under importance weights.
 
     Warns:
         RuntimeWarning: the weights have collapsed on a few texts, no text has satisfied the
@@ -61,21 +55,21 @@ def watch(
     if health.n_without_z >= _PATIENCE:
         messages["no hit"] = (
             f"none of {row['samples']:,} texts satisfies the constraints, so Z is unknown and "
-            "nothing is learnt: draw from a model that shows them (proposal=, or begin with a "
-            "policy that was trained on an easier constraint), or ask for less"
+            "the policy does not change: draw from a model that satisfies them more often "
+            "(proposal=, or a policy trained on an easier constraint), or weaken the constraints"
         )
     if health.n_low >= _PATIENCE:
         messages["collapse"] = (
             f"the effective sample size has been under {least_ess:g} of {batch_size} texts for "
-            f"{_PATIENCE} steps: one or a few carry the whole gradient. Lower the learning rate, "
+            f"{_PATIENCE} steps: a few texts make up the whole gradient. Lower the learning rate, "
             "enlarge batch_size, or bound the weights with base_share=0.1"
         )
     if abs(row["log_z_drift"]) > _MOST_DRIFT:
         messages["drift"] = (
             f"at step {row['step']} log Z has moved by {row['log_z_drift']:+.1f} standard errors "
             "since it was last estimated. Z does not depend on the proposal, so log-probabilities "
-            "and texts may not belong together (such as texts drawn with top-p and scored "
-            "without), or the weights are too heavy-tailed for their error to be trusted"
+            "and texts may not match (such as texts drawn with top-p and scored without), or the "
+            "weights are too heavy-tailed for a reliable standard error"
         )
     new = [name for name in messages if name not in health.warned]
     for name in new:

@@ -10,23 +10,10 @@ from dmgen.estimates.f_divergence import FDivergence
 from dmgen.target.ebm import EBM
 from dmgen.training import objectives
 from dmgen.training.config import TrainerConfig
-from dmgen.training.kl_control import PPO
 from dmgen.training.objective import Objective
+from dmgen.training.ppo import PPO
 from dmgen.training.trainer import Trainer
 from dmgen.validation import check_known
-
-__all__ = [
-    "DPG",
-    "FDPG",
-    "GDC",
-    "METHODS",
-    "GDCpp",
-    "KLControl",
-    "Reinforce",
-    "ReinforceP",
-    "VarGrad",
-    "make_objective",
-]
 
 
 class _Fixed(Trainer):
@@ -74,18 +61,18 @@ class GDCpp(_Fixed):
 class VarGrad(_Fixed):
     """Descend the variance of log P − log π over a batch, without Z. Richter et al. 2020.
 
-    On-policy, that is the gradient of KL(π‖p), as with trajectory balance at the best log Z. It is
-    infinite where P = 0, so it cannot learn hard constraints.
+    On-policy, that is the gradient of KL(π‖p), which is infinite where P = 0, so it cannot learn
+    hard constraints.
     """
 
     objective = objectives.VARGRAD
 
 
 class Reinforce(_Fixed):
-    """Maximise the reward b(x) + λ·φ(x), on-policy, whatever the language loses. Williams 1992.
+    """Maximise the reward b(x) + λ·φ(x), on-policy, without regard to the base. Williams 1992.
 
-    b(x) is 1 where all hard constraints hold, else 0, and is left out where there are none; for
-    moments alone the reward is λ·φ. It does not match the target, and is here to compare with.
+    b(x) is 1 where all hard constraints hold and 0 elsewhere; for moments alone the reward is λ·φ.
+    It does not match the target, and serves as a comparison.
     """
 
     objective = objectives.REINFORCE
@@ -94,10 +81,9 @@ class Reinforce(_Fixed):
 class ReinforceP(_Fixed):
     """Maximise the reward P(x), on-policy: it ends on the likeliest texts. Korbak et al. 2022.
 
-    The reward is measured in units of the largest P(x) met so far, where the papers multiply it by
-    a constant. Texts differ by hundreds of nats, a short one from a long one already, so that any
-    constant leaves the range of floating-point numbers sooner or later; a larger unit is a smaller
-    step, which Adam evens out.
+    Differs from the paper: the reward is in units of the largest P(x) so far, not multiplied by a
+    constant: P of a short and a long text differ by hundreds of nats, so that a constant overflows.
+    Adam evens out the change of scale.
     """
 
     objective = objectives.REINFORCE_P
@@ -106,16 +92,8 @@ class ReinforceP(_Fixed):
 class FDPG(Trainer):
     """Descend any f-divergence of π and p, on-policy: A = −(f'(π/p) − f'(1)). Go et al. 2023.
 
-    Args:
-        policy: as in `Trainer`.
-        target: as in `Trainer`.
-        config: as in `Trainer`.
-        proposal: as in `Trainer`.
-        divergence: a name or ("alpha", a) as in `f_divergence.f_divergence`, or an `FDivergence`.
-            Those that are infinite where P = 0 cannot learn hard constraints.
-
-    Raises:
-        ValueError: an unknown divergence; otherwise as `Trainer`.
+    `divergence` is a name or ("alpha", a) as in `f_divergence.f_divergence`, or an `FDivergence`;
+    those that are infinite where P = 0 cannot learn hard constraints. All else is as in `Trainer`.
     """
 
     def __init__(
@@ -141,44 +119,38 @@ class FDPG(Trainer):
 class KLControl(Trainer):
     """Maximise `E_π[r] − β KL(π‖a)` by PPO, r = b(x) + λ·φ(x) as in `Reinforce`, on-policy.
 
-    Each token pays `β (log π(x_t) − log a(x_t))`, the last one earns r. A value head, linear on the
-    hidden states before each token, predicts the return, and generalised advantage estimation
-    says how much better each token was; its loss trains the shared trunk too.
-    `config.reuse` is the number of PPO passes over a batch, `config.batch_size` its texts.
-
-    At a fixed β it matches a distribution of its own, `own_target()`, which is not `target`: a hard
-    constraint there is only a reward here. With `kl_target` β moves by itself,
-    `β ← β (1 + clip(KL/kl_target − 1, ±0.2) · batch_size/horizon)` after each step.
-
-    Rows of metrics have two columns more: `kl_coefficient`, the β of the step, and
-    `kl_policy_base`, the batch's mean of log π − log a, nats.
+    The reward of each token is `−β (log π(x_t) − log a(x_t))`, plus r for the last one. A value
+    head, linear on the hidden states before each token, predicts the return, and its loss trains
+    the policy's weights too. `config.reuse` is the number of PPO passes over a batch. With a fixed
+    β the optimum is `own_target()`, which differs from `target`: a hard constraint is only a
+    reward. Rows of metrics have two more columns: `kl_coefficient`, β, and `kl_policy_base`, the
+    batch's mean of log π − log a, nats.
 
     Args:
         policy: the model to train; it must have `hidden_states(samples, *, grad)`.
         target: its constraints are rewarded.
         config: settings of the run; those of importance weights do not apply and are refused.
         proposal: must be None, since texts are drawn from the policy.
-        kl_coefficient: β, > 0, in units of reward a nat; where it begins if it is adaptive.
-        kl_target: the KL(π‖a) that β is steered to, nats, > 0; None keeps β fixed.
-        horizon: in so many texts β moves by a fifth at most; at least a batch.
-        gamma: discount of rewards a token, in [0, 1].
-        gae_lambda: λ of generalised advantage estimation, in [0, 1]; at 1 the values are only a
-            baseline.
-        clip: the ratio π/π_old counts within 1 ± clip, and the values move by `clip` a batch at
-            most; in (0, 1].
+        kl_coefficient: β, or the first β if it is adaptive, > 0, reward per nat.
+        kl_target: the KL(π‖a) to reach, nats, > 0, by an adaptive
+            `β ← β (1 + clip(KL/kl_target − 1, ±0.2) · batch_size/horizon)`; None keeps β fixed.
+        horizon: see `kl_target`; at least a batch.
+        gamma: discount of rewards per token, in [0, 1].
+        gae_lambda: λ of generalised advantage estimation, in [0, 1].
+        clip: bound of the change of π/π_old from 1 and of the values in a batch, in (0, 1].
         value_coefficient: weight of the value loss, >= 0.
 
     Raises:
         TypeError: the policy has no hidden states, or an option is not a number.
-        ValueError: an option is out of its range, a setting requests something else than on-policy
-            batches; otherwise as `Trainer`.
+        ValueError: an option is out of its range or a setting does not go with on-policy batches;
+            otherwise as `Trainer`.
 
-    Source: Ziegler et al. 2019 (arXiv:1909.08593), as the baseline of Korbak et al. 2022, whose
-    constants are the defaults; Schulman et al. 2016, 2017 (GAE, PPO).
-    Differs from the paper: one optimiser step a batch and pass, not one for each 32 texts; the
-    advantages are whitened over all tokens of the batch, on all processes. A text ends with its
-    EOS: nothing after it is rewarded or predicted. The value head begins at 0, without dropout.
-    Until some text has satisfied the hard constraints there is nothing to learn, and only β moves.
+    Source: Ziegler et al. 2019 (arXiv:1909.08593); the defaults are the constants of Korbak et al.
+    2022; Schulman et al. 2016, 2017 (GAE, PPO).
+    Differs from the paper: one optimiser step per batch and pass, not one for each 32 texts;
+    advantages are whitened over all tokens of the batch, on all processes; tokens after EOS have no
+    reward and no value; the value head begins at 0, without dropout. Before the first text that
+    satisfies the hard constraints only β changes.
     """
 
     def __init__(
@@ -207,11 +179,11 @@ class KLControl(Trainer):
 
     @property
     def kl_coefficient(self) -> float:
-        """β by now, in units of reward a nat."""
+        """The current β, reward per nat."""
         return float(self.state.objective["kl_coefficient"])
 
     def own_target(self) -> EBM:
-        """Return the distribution that a fixed β leads to; see `kl_control.PPO.own_target`."""
+        """Return the target that a fixed β leads to, see `PPO.own_target`."""
         return cast(PPO, self.setup.objective).own_target(self.target)
 
 
@@ -222,11 +194,7 @@ METHODS: dict[str, Any] = {
 
 
 def make_objective(method: str, options: Mapping[str, Any]) -> Objective:
-    """Return the objective of a method by name; nothing else is built.
-
-    Args:
-        method: a name in `METHODS`.
-        options: its options, such as `{"divergence": "js"}`.
+    """Return the objective of a method in `METHODS` with options such as `{"divergence": "js"}`.
 
     Raises:
         ValueError: an unknown method or option, or a value out of its range.

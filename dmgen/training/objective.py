@@ -1,8 +1,4 @@
-"""`Objective`: a training method as a value.
-
-One of the user's own is a subclass with `name` and `advantage`; `Trainer(..., objective=...)`
-trains with it. Those of dmgen are in `objectives`.
-"""
+"""`Objective`: a training method as a value; those of dmgen are in `objectives` and `ppo`."""
 
 from __future__ import annotations
 
@@ -17,20 +13,17 @@ from dmgen.training.batch import Batch
 from dmgen.training.config import TrainerConfig
 from dmgen.training.state import TrainState
 
-__all__ = ["Objective"]
-
 
 class Objective:
-    """A training method as a value: its gradient is `E_q[A ∇log π]` unless it has its own loss.
+    """A training method with the gradient `E_q[A ∇log π]`, unless it overrides `loss`.
 
-    Subclasses set the attributes and override `advantage`; the other methods have defaults.
+    A subclass sets `name` and overrides `advantage`; all else has defaults.
 
     Attributes:
-        name: what tables and checkpoints call it.
-        proposal_rule: where texts come from unless the configuration says otherwise, see
-            `TrainerConfig.proposal_rule`.
+        name: its name in tables and checkpoints.
+        proposal_rule: the default of `TrainerConfig.proposal_rule`.
         per_token: whether the advantage has a column for each token, `(N, T)`.
-        is_weighted: whether the gradient is a mean under importance weights P/q, which may
+        is_weighted: whether the gradient is a mean under importance weights P/q, which can
             collapse on a few texts.
         needs_support: whether it is infinite for texts with P = 0, so that it cannot learn hard
             constraints.
@@ -44,19 +37,15 @@ class Objective:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What A depends on beside log P, log q, Z: "log_policy", "batch" (the other texts)."""
+        """Inputs of A beside log P, log q, Z: "log_policy" and "batch", the other texts."""
         return frozenset({"log_policy"})
 
     def identity(self) -> dict[str, Any]:
-        """Return what a resumed run must have in common with the run in its checkpoint."""
+        """Return the facts that must be equal in a checkpoint and the run that resumes it."""
         return {"objective": self.name}
 
     def check(self, config: TrainerConfig) -> None:
-        """Refuse settings that do not go with this objective.
-
-        Raises:
-            ValueError: see above.
-        """
+        """Raise ValueError for settings that do not go with this objective."""
         if config.baseline is not None:
             raise ValueError(f"objective {self.name!r} has no baselines: leave baseline out")
 
@@ -81,7 +70,7 @@ class Objective:
         raise NotImplementedError(f"objective {self.name!r} must define advantage(batch)")
 
     def forward(self, state: TrainState, batch: Batch) -> Any:
-        """Return log π with its graph, `(n,)`, or of each token `(n, T)`, as `loss` reads it."""
+        """Return the input of `loss`: log π with its graph, `(n,)`, or of each token `(n, T)`."""
         if self.per_token:
             return state.policy.token_log_prob(batch.texts, grad=True)
         return state.policy.log_prob(batch.texts, grad=True)
@@ -96,7 +85,7 @@ class Objective:
         return terms.sum(-1) if self.per_token else terms
 
     def text_weights(self, batch: Batch) -> Tensor:
-        """Return the weight of each text's loss in the batch's, float64 `(N,)`."""
+        """Return the weight of each text's loss in the loss of the batch, float64 `(N,)`."""
         return torch.full((len(batch),), 1.0 / len(batch), dtype=torch.float64)
 
     def text_advantage(self, batch: Batch, advantage: Tensor) -> Tensor:
@@ -104,5 +93,5 @@ class Objective:
         return advantage.sum(-1) if self.per_token else advantage
 
     def follow(self, state: TrainState, batch: Batch) -> dict[str, float]:
-        """Return further columns of metrics after a step, and move the objective's own state."""
+        """Update the objective's own state after a step; return further columns of metrics."""
         return {}

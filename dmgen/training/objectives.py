@@ -1,4 +1,4 @@
-"""The objectives by value: the advantage A of each method's gradient `E_q[A ∇log π]`."""
+"""The objectives that are defined by the advantage A of their gradient `E_q[A ∇log π]`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,6 @@ from dmgen.training.objective import Objective
 from dmgen.training.state import TrainState
 from dmgen.validation import check_choice
 
-__all__ = [
-    "DPG",
-    "GDC",
-    "GDCPP",
-    "REINFORCE",
-    "REINFORCE_P",
-    "VARGRAD",
-    "Matching",
-    "VarianceOfLogRatio",
-    "advantage",
-    "constraint_reward",
-    "fdpg",
-]
-
-METHODS = ("dpg", "gdc", "gdc++", "fdpg", "reinforce", "vargrad")
-
 
 def importance_weight(batch: Batch) -> Tensor:
     """Return P/(Zq) of each text, `(N,)`."""
@@ -48,23 +32,17 @@ def importance_weight(batch: Batch) -> Tensor:
 class Matching(Objective):
     """An objective with `A = G − κ π/q`: by default `G = P/(Zq)`, which descends KL(p‖π).
 
-    κ is 0 for DPG and GDC, 1 for GDC++.
-
     Attributes:
-        name: see `Objective`.
         kappa: the objective's own κ.
-        proposal_rule: see `Objective`.
         gain: from a batch to G of each text, `(N,)`.
-        at_target: κ at which A is 0 for every text where π = p; None where there is no target.
+        at_target: the κ at which A is 0 for every text if π = p; None without a target.
         reads_policy: whether G depends on log π.
-        is_weighted: see `Objective`.
-        needs_support: see `Objective`.
-        divergence: name of the divergence that is descended, if it is a choice.
-        baseline: a choice of κ in place of the objective's own.
+        divergence: name of the divergence that is descended, if it is an option.
+        baseline: another κ than the objective's own.
 
     Source: Parshakova et al. 2019; Khalifa et al. 2021; Korbak et al. 2022, eq. 12, Algorithm 1.
     Differs from the paper: both terms are divided by Z, so the scale of a step does not depend on
-    how rare the constraint is.
+    the probability of the constraints.
     """
 
     name: str
@@ -104,11 +82,7 @@ class Matching(Objective):
         return self if chosen is None else replace(self, baseline=chosen)
 
     def advantage(self, batch: Batch) -> Tensor:
-        """Return `A = G − κ π/q`, float64 `(N,)`; see the table of `objectives.advantage`.
-
-        Raises:
-            FloatingPointError: an advantage is not finite; names the text's log-probabilities.
-        """
+        """Return `A = G − κ π/q`, float64 `(N,)`; raise FloatingPointError if it is not finite."""
         result = self.gain(batch)
         if self._subtracts():
             ratio = _ratio(batch)
@@ -119,18 +93,14 @@ class Matching(Objective):
         return _finite(result, batch)
 
     def _subtracts(self) -> bool:
-        """Return whether κ is not 0: where it is 0, log π need not be known."""
+        """Return whether κ is not 0: if it is 0, log π is not needed."""
         return self.kappa != 0 if self.baseline is None else self.baseline.kappa is not None
 
 
 def fdpg(divergence: str | tuple[str, float] | list[Any] | FDivergence) -> Matching:
     """Return the objective `A = −(π/q)(f'(π/p) − f'(1))`, which descends D(π‖p).
 
-    Args:
-        divergence: a name or ("alpha", a), as in `f_divergence`, or an `FDivergence`.
-
-    Raises:
-        ValueError: an unknown name.
+    Raise ValueError for an unknown divergence.
 
     Source: Go et al. 2023, Theorem 1.
     """
@@ -139,7 +109,7 @@ def fdpg(divergence: str | tuple[str, float] | list[Any] | FDivergence) -> Match
         name = tuple(divergence) if isinstance(divergence, list) else divergence
         divergence = f_divergence(name)
     objective = Matching("fdpg", reads_policy=True, divergence=divergence.name)
-    if divergence.name in ("kl", "alpha=1"):  # p/π cannot overflow here while π/q is small
+    if divergence.name in ("kl", "alpha=1"):  # P/(Zq) does not overflow, unlike p/π for a small π
         return replace(objective, kappa=1.0)
     at_target = -divergence.f_prime_at_one
     return replace(
@@ -180,11 +150,11 @@ class ConstraintReward(Matching):
 
     def prepare(self, state: TrainState, batch: Batch, target: EBM) -> Batch:
         """Add the reward."""
-        return batch.with_(reward=constraint_reward(target, batch))
+        return replace(batch, reward=constraint_reward(target, batch))
 
 
 class ScoreReward(ConstraintReward):
-    """Maximise P(x) in units of the largest P(x) met so far. Korbak et al. 2022."""
+    """Maximise P(x) in units of the largest P(x) so far. Korbak et al. 2022."""
 
     def init(self, policy: Any, target: EBM) -> dict[str, Tensor]:
         """Return the log of the unit, nats."""
@@ -195,14 +165,14 @@ class ScoreReward(ConstraintReward):
         log_score, log_unit = batch.column("log_score"), state.objective["log_unit"]
         log_unit.copy_(torch.maximum(log_unit, log_score.max()))
         if log_unit == -math.inf:
-            return batch.with_(reward=torch.zeros_like(log_score))
-        return batch.with_(reward=torch.exp(log_score - log_unit))
+            return replace(batch, reward=torch.zeros_like(log_score))
+        return replace(batch, reward=torch.exp(log_score - log_unit))
 
 
 class VarianceOfLogRatio(Objective):
     """Descend `½ Var_q[log P − log π]`, which needs no Z. Richter et al. 2020 (VarGrad).
 
-    On-policy that is the gradient of KL(π‖p). It is a sum of its own kind and takes no baseline.
+    On-policy that is the gradient of KL(π‖p). Its baseline is part of the variance.
     """
 
     name = "vargrad"
@@ -216,11 +186,7 @@ class VarianceOfLogRatio(Objective):
             check_choice(f"baseline of {self.name!r}", name, ["none"])
 
     def advantage(self, batch: Batch) -> Tensor:
-        """Return log P/π less its mean over the other texts, `(N,)`.
-
-        Raises:
-            ValueError: a text has P = 0.
-        """
+        """Return log P/π minus its mean over the other texts, `(N,)`; refuse texts with P = 0."""
         log_score, log_policy = batch.column("log_score"), batch.column("log_policy")
         n_outside = int((log_score == -math.inf).sum())
         if n_outside:
@@ -240,11 +206,14 @@ REINFORCE = ConstraintReward("reinforce")
 REINFORCE_P = ScoreReward("reinforce-p")
 VARGRAD = VarianceOfLogRatio()
 
+# The methods of `advantage`.
+METHODS = ("dpg", "gdc", "gdc++", "fdpg", "reinforce", "vargrad")
+
 
 def constraint_reward(target: EBM, batch: Batch) -> Tensor:
     """Return b(x) + λ·φ(x) of each text, `(N,)`.
 
-    b(x) is 1 where all hard constraints hold, else 0, and is left out where there are none.
+    b(x) is 1 where all hard constraints hold and 0 elsewhere; without any, it is left out.
     """
     soft = factor.soft_moments(target.constraints, target.lambdas)
     values = dict(batch.features)
@@ -273,58 +242,49 @@ def advantage(
     | "gdc++" | P/(Zq) | 1: A is 0 for every text when π = p |
     | "fdpg" | −(π/q) f'(π/p), for `divergence` | −f'(1), likewise |
     | "reinforce" | (π/q) · reward | 0 |
-    | "vargrad" | log P/π less its mean over the other texts | 0 |
+    | "vargrad" | log P/π minus its mean over the other texts | 0 |
 
-    Any κ that does not depend on the text leaves the expected gradient as it is, since
-    `E_q[(π/q) ∇log π] = 0`. `baseline` chooses another than the method's own:
+    `baseline` chooses another κ than the method's own, see `baselines`:
 
     | baseline | κ |
     | --- | --- |
     | "none" | 0 |
-    | "z" | the value at which A is 0 when π = p; not for "reinforce", which has no such target |
+    | "z" | the value at which A is 0 when π = p; not for "reinforce", which has no target |
     | "leave_one_out" | the mean of G over the other texts |
     | "optimal" | ΣGu / Σu², u = π/q, over the half of the batch without the text: least variance |
 
     Args:
         method: one of the above.
-        log_score: log P, `(N,)`, nats, unnormalised; `-inf` is legal but for "vargrad".
-        log_proposal: log q of the distribution the texts were drawn from, `(N,)`.
-        log_policy: log π, `(N,)`, detached: π inside the advantage is not differentiated.
-        log_z: log Z, a number or `(N,)`.
+        log_score: log P, `(N,)`, nats, unnormalised; `-inf` is legal except for "vargrad".
+        log_proposal: log q of the distribution the texts were drawn from, `(N,)`, nats.
+        log_policy: log π, `(N,)`, nats, detached.
+        log_z: log Z, a number or `(N,)`, nats.
         reward: `(N,)`, for "reinforce".
         divergence: as in `f_divergence`, for "fdpg".
-        baseline: one of the above; None is the method's own.
+        baseline: one of the above, or None for the method's own.
 
     Returns:
         float64 `(N,)`.
 
     Raises:
-        ValueError: unknown method or baseline, or one that does not go with the method; its reward
-            or divergence is missing; a divergence that is infinite where P = 0, for texts with
-            P = 0.
+        ValueError: unknown method or baseline, or one that does not go with the method; a missing
+            reward or divergence; a text with P = 0 where the divergence is infinite.
         FloatingPointError: an advantage is not finite; names the text's log-probabilities.
 
-    Source: Korbak et al. 2022, eq. 12 and Algorithm 1; Go et al. 2023, Theorem 1; Richter et al.
-    2020 (VarGrad).
+    Source: Korbak et al. 2022, eq. 12, Algorithm 1; Go et al. 2023, Theorem 1; Richter et al. 2020.
     """
-    objective = _named(method, divergence)
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}; it must be one of {METHODS}")
+    if method == "fdpg" and divergence is None:
+        raise ValueError('method "fdpg" needs divergence=, e.g. "js"')
+    fixed = {o.name: o for o in (DPG, GDC, GDCPP, REINFORCE, VARGRAD)}
+    objective = fdpg(divergence) if divergence and method == "fdpg" else fixed[method]
     objective.check(TrainerConfig(baseline=baseline))
     if method == "reinforce" and reward is None:
         raise ValueError('method "reinforce" needs reward=, one number a text')
     z = torch.as_tensor(log_z, dtype=torch.float64).expand(len(log_proposal))
     batch = Batch(log_proposal, log_score=log_score, log_policy=log_policy, log_z=z, reward=reward)
     return objective.with_baseline(baseline).advantage(batch)
-
-
-def _named(method: str, divergence: str | tuple[str, float] | None) -> Objective:
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}; it must be one of {METHODS}")
-    if method == "fdpg":
-        if divergence is None:
-            raise ValueError('method "fdpg" needs divergence=, e.g. "js"')
-        return fdpg(divergence)
-    fixed = {o.name: o for o in (DPG, GDC, GDCPP, REINFORCE, VARGRAD)}
-    return fixed[method]
 
 
 def _log_target(batch: Batch) -> Tensor:
@@ -338,18 +298,13 @@ def _ratio(batch: Batch) -> Tensor:
 
 
 def _finite(result: Tensor, batch: Batch) -> Tensor:
-    """Return advantages that must be finite."""
+    """Return the advantages, or raise FloatingPointError with the terms of one not finite."""
     finite = result.isfinite()
     if bool(finite.all()):
         return result
     i = int((~finite).nonzero()[0])
-    shown = {
-        "log P": batch.log_score,
-        "log q": batch.log_q,
-        "log π": batch.log_policy,
-        "log Z": batch.log_z,
-    }
-    terms = ", ".join(
-        f"{name} {column[i].item():g}" for name, column in shown.items() if column is not None
+    columns = zip(
+        "PqπZ", (batch.log_score, batch.log_q, batch.log_policy, batch.log_z), strict=True
     )
+    terms = ", ".join(f"log {name} {c[i].item():g}" for name, c in columns if c is not None)
     raise FloatingPointError(f"the advantage of a text is {result[i].item()}: {terms}")

@@ -12,29 +12,26 @@ from dmgen.training.batch import Batch
 from dmgen.training.setup import Setup
 from dmgen.training.state import TrainState, copy_in_one_block
 
-__all__ = ["is_closer", "log_mixture_with_base", "move_proposal", "record_comparison"]
-
 # A one-sided 95 % test: the policy must be closer to the target than the proposal is by this many
 # standard errors, on at least this effective number of texts.
 _CLOSER = 1.645
 _MIN_ESS = 20.0
-# They are compared on the texts of so many rounds of `proposal_every` steps: older ones tell of a
-# policy that is gone.
+# The comparison uses the texts of this many rounds of `proposal_every` steps: older log-ratios are
+# those of a policy that has moved since.
 _MOST_ROUNDS = 20
 
 
 def record_comparison(state: TrainState, batch: Batch, setup: Setup) -> None:
-    """Add the texts of a batch to those that policy and proposal are compared on.
+    """Add a batch to the texts that policy and proposal are compared on.
 
-    With a fraction of the base, q is the mixture that texts are drawn from, and π makes another
-    one: the two mixtures are compared.
+    With `base_share`, the mixtures of the base with the policy and with the proposal are compared.
     """
     config = setup.config
     if setup.proposal_rule not in ("kl", "tv"):
         return
     log_policy = batch.column("log_policy")
     if config.base_share:
-        # Of whole texts: not always base_share itself.
+        # Differs from base_share by rounding to whole texts.
         fraction = config.n_base / config.batch_size
         log_policy = log_mixture_with_base(log_policy, batch.column("log_base"), fraction)
     columns = torch.stack([batch.log_w, log_policy - batch.log_q])
@@ -45,11 +42,8 @@ def record_comparison(state: TrainState, batch: Batch, setup: Setup) -> None:
 def move_proposal(state: TrainState, setup: Setup) -> bool:
     """Replace q by π if the texts since the last change show that π is closer to the target.
 
-    A paired test on the very texts trained on, each with the policy as it was then (no text is
-    scored again), so it lags a little behind the policy, on the safe side.
-
-    Returns:
-        Whether the proposal was replaced.
+    Each text has the log-probability of the policy at its step: the test lags a little behind the
+    policy, on the safe side, and no text is scored again. Return whether q was replaced.
     """
     log_w, log_ratio = state.compared
     due = setup.is_due(state, setup.config.proposal_every) and log_w.numel() > 0
@@ -69,9 +63,9 @@ def log_mixture_with_base(log_q: Tensor, log_base: Tensor, fraction: float) -> T
 
 
 def is_closer(rule: str, log_w: Tensor, log_ratio: Tensor, log_z: float) -> bool:
-    """Return whether the policy is measurably closer to the target than the proposal is.
+    """Return whether the policy is closer to the target than the proposal, by a paired test.
 
-    A paired test on texts of the proposal, one-sided at 95 %, not a bare comparison.
+    The test is one-sided at 95 %, on texts of the proposal.
 
     Args:
         rule: the divergence, "kl" (KL(p‖·)) or "tv".
@@ -86,11 +80,11 @@ def is_closer(rule: str, log_w: Tensor, log_ratio: Tensor, log_z: float) -> bool
 
 
 def _gain(rule: str, log_w: Tensor, log_ratio: Tensor, log_z: float) -> tuple[float, float]:
-    """Return D(p, q) − D(p, π) with its standard error; positive if π is closer."""
+    """Return D(p, q) − D(p, π), which is positive if π is closer, and its standard error."""
     if rule == "kl":
         value, stderr = log_weights.mean(log_w, log_ratio)
         return float(value), float(stderr)
-    # The bounded form of TV: the plain one is heavy-tailed where π/q is large.
+    # This form of TV is bounded; the plain one is heavy-tailed where π/q is large.
     g, u = torch.exp(log_w - log_z), torch.exp(log_ratio)
     terms = (g - 1).clamp(min=0) - (g - u).clamp(min=0)
     return float(terms.mean()), float(terms.std()) / math.sqrt(len(terms))

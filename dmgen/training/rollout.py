@@ -15,14 +15,12 @@ from dmgen.training.proposal import log_mixture_with_base
 from dmgen.training.setup import Setup
 from dmgen.training.state import TrainState
 
-__all__ = ["Rollout", "Source", "draw_rows"]
-
 
 class Source(Protocol):
     """A source of training data."""
 
     def batches(self, state: TrainState) -> Iterator[Batch]:
-        """Yield batches without end; each is made from the state as it is when asked for."""
+        """Yield batches without end, each made from the state at its request."""
         ...
 
 
@@ -38,29 +36,27 @@ class Rollout:
             yield self.draw(state)
 
     def draw(self, state: TrainState) -> Batch:
-        """Return the texts of one step with log P, log q, features, and log a, log π if free.
-
-        log q is recorded while drawing; it is never computed again.
-        """
+        """Return the texts of one step with log P, log q, features, and log a, log π if known."""
         setup = self.setup
-        own = self._from_fit(state) or self._from_models(state)
+        local = self._from_fit(state) or self._from_models(state)
         target, gather = setup.target, setup.processes.gather
-        tokens = setup.objective.draw_columns(state, own, target)
+        tokens = setup.objective.draw_columns(state, local, target)
         if "log_base" in tokens:
-            own = own.with_(log_base=tokens["log_base"].sum(-1))
-        log_score = target.log_score(own.texts, base_log_prob=own.log_base)
-        return own.with_(
-            log_q=gather(own.log_q),
+            local = replace(local, log_base=tokens["log_base"].sum(-1))
+        log_score = target.log_score(local.texts, base_log_prob=local.log_base)
+        return replace(
+            local,
+            log_q=gather(local.log_q),
             log_score=gather(log_score),
-            features={k: gather(v) for k, v in target.values(own.texts).items()},
-            log_policy=None if own.log_policy is None else gather(own.log_policy),
-            log_base=None if own.log_base is None else gather(own.log_base),
+            features={k: gather(v) for k, v in target.values(local.texts).items()},
+            log_policy=None if local.log_policy is None else gather(local.log_policy),
+            log_base=None if local.log_base is None else gather(local.log_base),
             tokens={k: gather(v) for k, v in tokens.items()},
             first=setup.rows.start,
         )
 
     def _from_fit(self, state: TrainState) -> Batch | None:
-        """Return texts that λ was fitted on, while there are whole batches of unused ones."""
+        """Return the next whole batch of the texts that λ was fitted on, or None."""
         setup = self.setup
         config, texts = setup.config, setup.target.fit_samples
         first = state.step * config.batch_size
@@ -102,16 +98,9 @@ class Rollout:
         )
 
     def _mixture(
-        self,
-        drawn: Sequence[tuple[Any, Samples]],
-        proposal: Any,
-        fraction: float,
-        on_policy: bool,
+        self, drawn: Sequence[tuple[Any, Samples]], proposal: Any, fraction: float, on_policy: bool
     ) -> Batch:
-        """Return the texts of proposal and base as one batch from their mixture.
-
-        One of several processes may hold texts of the base alone; they are of the mixture too.
-        """
+        """Return the texts of proposal and base, or of either, as a batch from their mixture."""
         base = self.setup.target.base
 
         def score(model: Any) -> Tensor:
@@ -133,13 +122,12 @@ def draw_rows(
     max_new_tokens: int,
     generator: torch.Generator,
 ) -> list[tuple[Any, Samples]]:
-    """Return the texts of `rows` of one draw that takes n texts of each model, in their order.
+    """Return the texts of `rows` from a draw of n texts of each model in `parts`, in their order.
 
-    Text i depends on row i of the uniforms alone, so the texts of several processes together are
-    those that one process would draw; the generator ends where it would have ended there.
+    Text i depends on row i of the uniforms alone, and the generator passes over those of other
+    processes, so that all processes together draw the texts of a single one.
     """
-    drawn = []
-    first = 0
+    drawn, first = [], 0
     for model, n in parts:
         start, stop = (min(max(edge - first, 0), n) for edge in (rows.start, rows.stop))
         _skip(start, max_new_tokens, generator)
@@ -154,6 +142,6 @@ def draw_rows(
 
 
 def _skip(n: int, length: int, generator: torch.Generator) -> None:
-    """Pass over the uniforms of `n` texts."""
+    """Draw the uniforms of `n` texts and leave them unused."""
     if n > 0:
         torch.rand(n, length, generator=generator, dtype=torch.float64, device=generator.device)

@@ -1,13 +1,10 @@
 """Run folders of the trainer: metrics, evaluations and checkpoints.
 
-config.yaml            the configuration, and the versions it ran under
-target.json            the constraints, λ and its fit
 metrics.jsonl          a row a step
 evaluations.jsonl      evaluations on fresh samples
-samples.jsonl          texts before and after
 checkpoints/step-N/    state.json, tensors.safetensors
-policy/                the result, a Hugging Face folder with its model card and dmgen.json
-report.html            one page
+
+`experiment` adds config.yaml, target.json, samples.jsonl, policy/ and report.html.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,11 +26,10 @@ _KEPT_CHECKPOINTS = 2
 
 
 def open_run(folder: Path, *, expected_step: int) -> None:
-    """Prepare `folder` for a run that stands at `expected_step`.
+    """Prepare `folder` for the steps of a run after `expected_step`.
 
-    A new run (step 0) needs a folder without a run; one that goes on needs the folder whose last
-    row it follows. Rows after the checkpoint that was resumed are cut off, since they will be made
-    again, and so is a last row that a crash left half written.
+    A new run (step 0) needs a folder without a run, a resumed one its own folder. Rows after the
+    checkpoint are removed, since they will be made again, and so is an incomplete last row.
 
     Raises:
         ValueError: the folder holds another run, or is a file.
@@ -44,8 +39,8 @@ def open_run(folder: Path, *, expected_step: int) -> None:
     rows = read_metrics(folder)
     if expected_step == 0 and (rows or _checkpoints(folder)):
         raise ValueError(
-            f"{folder} already holds a run of {len(rows)} steps: give another folder, or go on "
-            "with it (sampler.resume(folder); on the command line --resume)"
+            f"{folder} already holds a run of {len(rows)} steps: give another folder, or resume "
+            "it (sampler.resume(folder); on the command line --resume)"
         )
     if expected_step and len(_until(rows, expected_step)) != expected_step:
         raise ValueError(
@@ -68,7 +63,7 @@ def append_metrics(folder: Path, row: Mapping[str, Any]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Return the rows of metrics, one a step; none where there is no file."""
+    """Return the rows of metrics, one a step; none if there is no file."""
     return _rows(folder / _METRICS)
 
 
@@ -93,7 +88,7 @@ def append_evaluation(
 
 
 def read_evaluations(folder: Path) -> list[tuple[int, bool, Evaluation]]:
-    """Return (step, final, evaluation) of each evaluation; none where there is no file."""
+    """Return (step, final, evaluation) of each evaluation; none if there is no file."""
     return [
         (row["step"], bool(row.get("final")), Evaluation.from_dict(row))
         for row in _rows(folder / _EVALUATIONS)
@@ -107,17 +102,17 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def save_checkpoint(
     folder: Path, step: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Write `checkpoints/step-N` so that it exists whole or not at all; keeps the last ones."""
+    """Write `checkpoints/step-N` completely or not at all, and keep the last two checkpoints."""
     home = folder / "checkpoints"
     home.mkdir(parents=True, exist_ok=True)
-    for left_by_a_crash in home.glob(".step-*"):
-        shutil.rmtree(left_by_a_crash)
+    for incomplete in home.glob(".step-*"):
+        shutil.rmtree(incomplete)
     final, partial = home / f"step-{step}", home / f".step-{step}.partial"
     partial.mkdir()
     save_file(apart(tensors), partial / "tensors.safetensors")
     write_json(partial / "state.json", facts)
     if final.exists():
-        # A folder cannot replace another in one move; two moves leave next to no time between.
+        # A folder cannot replace another in one move.
         os.replace(final, home / f".step-{step}.old")
     os.replace(partial, final)
     shutil.rmtree(home / f".step-{step}.old", ignore_errors=True)
@@ -126,29 +121,21 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and facts of the last checkpoint.
-
-    Raises:
-        ValueError: the folder holds no checkpoint.
-    """
-    found = _checkpoints(folder)
-    if not found:
+    """Return tensors and facts of the last checkpoint; raise ValueError if there is none."""
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
         raise ValueError(f"{folder} holds no checkpoint (looked in {folder / 'checkpoints'})")
-    facts = read_json(found[-1] / "state.json")
-    tensors: dict[str, torch.Tensor] = load_file(found[-1] / "tensors.safetensors")
-    return tensors, facts
+    tensors: dict[str, Tensor] = load_file(checkpoints[-1] / "tensors.safetensors")
+    return tensors, read_json(checkpoints[-1] / "state.json")
 
 
 def has_checkpoint(folder: Path) -> bool:
-    """Return whether a run can go on from a checkpoint."""
+    """Return whether a run can be resumed."""
     return bool(_checkpoints(folder))
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Return the whole checkpoints of a run, the oldest first."""
-    found = {
-        int(path.name.removeprefix("step-")): path
-        for path in (folder / "checkpoints").glob("step-*")
-        if path.name.removeprefix("step-").isdecimal()
-    }
-    return [found[step] for step in sorted(found)]
+    """Return the complete checkpoints of a run, the oldest first."""
+    n = len("step-")
+    paths = (folder / "checkpoints").glob("step-*")
+    return sorted((p for p in paths if p.name[n:].isdecimal()), key=lambda p: int(p.name[n:]))

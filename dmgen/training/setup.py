@@ -1,4 +1,4 @@
-"""`Setup`: everything about a training run that does not change while it runs."""
+"""`Setup`: the part of a training run that does not change."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from dmgen.training.distributed import Processes
 from dmgen.training.objective import Objective
 from dmgen.training.state import TrainState
 
-__all__ = ["Setup"]
-
 
 @dataclass(frozen=True, eq=False)
 class Setup:
@@ -22,8 +20,7 @@ class Setup:
         target: the distribution to match.
         objective: the method, with the baseline that the configuration chooses.
         config: the settings.
-        first_proposal: the model that texts are drawn from at first; it may be the caller's own,
-            and is never changed.
+        first_proposal: the model that texts are drawn from at first.
         proposal_rule: when the proposal follows the policy, see `TrainerConfig`.
         processes: this process among those that train together.
     """
@@ -39,12 +36,7 @@ class Setup:
     def of(
         cls, policy: Any, target: EBM, config: TrainerConfig, objective: Objective, proposal: Any
     ) -> Setup:
-        """Return the setup of a run; a proposal of None is the objective's own choice.
-
-        Raises:
-            ValueError: a setting does not go with the objective, the proposal or the number of
-                processes.
-        """
+        """Return the setup of a run, or raise, see `Trainer`."""
         objective.check(config)
         rule = config.proposal_rule or objective.proposal_rule
         first = policy if rule == "policy" else target.base
@@ -66,12 +58,12 @@ class Setup:
         return self.first_proposal if state.proposal is None else state.proposal
 
     def is_due(self, state: TrainState, every: int | None) -> bool:
-        """Return whether something that is done at every so many steps is due now."""
+        """Return whether the number of steps taken is a multiple of `every`."""
         return every is not None and state.step % every == 0
 
 
 def _check_proposal(proposal: Any, rule: str, config: TrainerConfig) -> None:
-    """Refuse a proposal that is not drawn from, or cannot do what the settings need."""
+    """Refuse a proposal that the settings leave unused, or that lacks a method they need."""
     if rule == "policy":
         raise ValueError('proposal_rule "policy" draws from the policy: give no proposal')
     if not hasattr(proposal, "sample"):

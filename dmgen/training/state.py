@@ -1,8 +1,8 @@
-"""`TrainState`: everything a training run is at one moment, and its form on disk."""
+"""`TrainState`: everything that changes during a training run, and its form on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -14,32 +14,30 @@ from dmgen.models.samples import Samples
 from dmgen.training.health import Health
 from dmgen.training.memory import micro_batch
 
-__all__ = ["TrainState", "copy_in_one_block"]
-
 
 @dataclass(eq=False)
 class TrainState:
-    """The one mutable object of training.
+    """The only mutable object of training; a checkpoint holds all of its fields.
 
     Attributes:
         policy: the model that is trained.
         optimizer: over the policy's trainable weights, and the objective's.
         generator: source of every random number of the run.
-        rate: peak step size by now.
-        z: running estimate of Z over everything drawn.
-        z_before: `z` as it was when it was last compared.
-        z_round: of the texts since then alone.
+        rate: current peak step size.
+        z: running estimate of Z over all texts drawn.
+        z_before: `z` at its last comparison.
+        z_round: the estimate from the texts since then alone.
         compared: log P/q and log π/q of the texts since the proposal was last replaced, `(2, M)`.
-        objective: state of the objective's own, by name.
+        objective: the objective's own state, by name.
         proposal: the frozen copy of the policy that texts come from; None before the first one.
         average: average of the policy's weights by name, or the policy's own weights while
             `average_shown`; empty where none is kept.
         average_shown: whether the policy holds the average.
-        health: what has been seen of, and said about, failing runs.
-        micro_batch_size: texts a forward and backward pass; None until it is found.
+        health: signs of a failing run so far, and the warnings already given.
+        micro_batch_size: texts in a forward and backward pass; None until it is measured.
         step: steps taken.
         n_drawn: texts used.
-        seconds: time in steps.
+        seconds: time spent in steps.
         history: a row of metrics a step.
     """
 
@@ -68,22 +66,22 @@ class TrainState:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def micro_batch(self, samples: Samples) -> int:
-        """Return how many texts one forward and backward pass takes; found once."""
+        """Return the number of texts of a forward and backward pass, measured once."""
         if self.micro_batch_size is None:
             self.micro_batch_size = micro_batch(self.policy, samples)
         return self.micro_batch_size
 
     def state_dict(self) -> dict[str, Any]:
-        """Return every field as tensors and plain values, nested in dicts by name."""
+        """Return every field as a tensor, a dict of tensors, or plain values."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Fill every field in place from what `state_dict` returned."""
+        """Fill every field, models in place, from the result of `state_dict`."""
         for f in fields(self):
             setattr(self, f.name, self._loaded(f.name, saved[f.name]))
 
     def _loaded(self, name: str, saved: Any) -> Any:
-        """Return the value of a field; models, optimizer and objective are filled in place."""
+        """Return the value of a field; models, optimiser and objective are filled in place."""
         value = getattr(self, name)
         if name == "proposal":
             if not saved:
@@ -100,9 +98,10 @@ class TrainState:
         elif isinstance(value, torch.Generator):
             value.set_state(saved)
         elif isinstance(value, torch.optim.Optimizer):
-            state = {
-                int(i): {k: v.clone() for k, v in entries.items()} for i, entries in saved.items()
-            }
+            state: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in saved.items():
+                i, _, entry = key.partition(".")
+                state.setdefault(int(i), {})[entry] = tensor.clone()
             groups = value.state_dict()["param_groups"]
             value.load_state_dict({"state": state, "param_groups": groups})
         elif isinstance(value, Tensor):
@@ -117,14 +116,15 @@ class TrainState:
 
 
 def _plain(value: Any) -> Any:
-    """Return tensors and plain values in place of an object."""
+    """Return the tensors or plain values of a field."""
     if isinstance(value, torch.Generator):
         return value.get_state()
     if isinstance(value, torch.optim.Optimizer):
         state = value.state_dict()["state"]
         return {
-            str(i): {k: torch.as_tensor(v) for k, v in entries.items()}
+            f"{i}.{name}": torch.as_tensor(entry)
             for i, entries in state.items()
+            for name, entry in entries.items()
         }
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: getattr(value, f.name) for f in fields(value)}
@@ -133,20 +133,11 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def tensors_of(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of nested dicts with their dotted names."""
-    for key, value in tree.items():
-        if isinstance(value, Tensor):
-            yield prefix + key, value
-        elif isinstance(value, Mapping):
-            yield from tensors_of(value, f"{prefix}{key}.")
-
-
 def copy_in_one_block(policy: Any) -> Any:
     """Return a copy of the policy whose weights lie in one block of memory.
 
-    One by one they would fill the gaps that a step's activations have left in the heap, and those
-    of the next step would need more room.
+    Allocated one by one, they would fill the gaps that the activations of a step leave in the heap,
+    and the activations of the next step would need more memory.
     """
     copied = policy.copy()
     weights = list(copied.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,36 +19,25 @@ from dmgen.training.setup import Setup
 from dmgen.training.state import TrainState
 from dmgen.training.step_size import follow_kl, measured_log_prob
 
-__all__ = ["Info", "step"]
-
-# A row of metrics: everything that is only reported. No step reads it.
+# A row of metrics, which no step reads.
 Info = dict[str, Any]
 
 
 def step(state: TrainState, batch: Batch, setup: Setup) -> Info:
-    """Take one step: weigh the batch, follow its gradient, test the proposal.
-
-    Args:
-        state: changed in place.
-        batch: texts with log q, log P and features.
-        setup: the fixed part of the run.
-
-    Returns:
-        A row of metrics.
-    """
-    # The batch's own weights would bias its gradient, so it counts for Z from the next step on,
-    # unless nothing else is known.
+    """Change `state` by one step on texts with log q, log P and features; return its metrics."""
+    # The batch's own weights would bias its gradient, so they count in Z from the next step on,
+    # unless they are the only ones.
     z = state.z if state.z.n_hits else state.z.add(batch.log_w)
     if batch.is_new:
         state.z, state.z_round = state.z.add(batch.log_w), state.z_round.add(batch.log_w)
     extra: Info = {}
     if z.n_hits:
-        batch = batch.with_(log_z=torch.full_like(batch.log_q, z.log_z))
+        batch = replace(batch, log_z=torch.full_like(batch.log_q, z.log_z))
         batch, advantage, extra = _descend(state, batch, setup)
     else:
         if batch.log_policy is None:
             log_policy = state.policy.log_prob(batch.texts)
-            batch = batch.with_(log_policy=setup.processes.gather(log_policy))
+            batch = replace(batch, log_policy=setup.processes.gather(log_policy))
         advantage = torch.zeros_like(batch.log_q)
     state.step += 1
     state.n_drawn += setup.config.batch_size
@@ -74,7 +64,7 @@ def step(state: TrainState, batch: Batch, setup: Setup) -> Info:
 
 
 def _descend(state: TrainState, batch: Batch, setup: Setup) -> tuple[Batch, Tensor, Info]:
-    """Take the gradient steps on a batch; return it with log π, its advantage and metrics."""
+    """Take the gradient steps on a batch; return it with log π, its advantage, and metrics."""
     objective, config = setup.objective, setup.config
     batch = objective.prepare(state, batch, setup.target)
     before = measured_log_prob(state, batch, setup)
@@ -85,15 +75,15 @@ def _descend(state: TrainState, batch: Batch, setup: Setup) -> tuple[Batch, Tens
         extra = gradient_variance(state.policy, batch.texts, a[batch.own])
     update(state, setup)
     for _ in range(config.reuse - 1):
-        backward(state, batch.with_(log_policy=None), setup)
+        backward(state, replace(batch, log_policy=None), setup)
         update(state, setup)
     after = measured_log_prob(state, batch, setup)
     extra["step_kl"] = follow_kl(state, batch, setup, before, after)
-    return batch.with_(log_policy=log_policy), advantage, extra
+    return replace(batch, log_policy=log_policy), advantage, extra
 
 
 def _drift(state: TrainState, setup: Setup) -> float:
-    """Return how far the latest estimate of log Z is from the one before, in standard errors."""
+    """Return the difference of the last two estimates of log Z, in standard errors."""
     if not setup.is_due(state, setup.config.proposal_every):
         return math.nan
     drift = state.z_round.drift_from(state.z_before)

@@ -11,18 +11,16 @@ from dmgen.training.batch import Batch
 from dmgen.training.setup import Setup
 from dmgen.training.state import TrainState
 
-__all__ = ["FIRST_RATE", "follow_kl", "measured_log_prob"]
-
-# Where the step size begins, how far it may move in a step, and the number of texts on which the
-# KL of a step is measured.
+# The first step size, the bounds of its change in a step, and the number of texts on which the KL
+# of a step is measured.
 FIRST_RATE, _SLOWEST, _FASTEST, _N_MEASURED = 1e-5, 0.5, 1.3, 128
 
 
 def measured_log_prob(state: TrainState, batch: Batch, setup: Setup) -> Tensor | None:
     """Return log π of the texts on which the KL of a step is measured, `(n,)`; None if not "auto".
 
-    By one and the same pass before and after the step: in half precision what was recorded while
-    drawing differs from it by more than a small step does.
+    The same pass is made before and after the step: in half precision, the log-probability recorded
+    while drawing differs from it by more than a small step does.
     """
     if setup.config.learning_rate != "auto":
         return None
@@ -44,8 +42,8 @@ def follow_kl(
     # Each term is positive, unlike those of the plain mean of −log_ratio.
     weights = torch.exp(before - batch.log_q[batch.first :][: len(before)])
     terms = weights * (torch.expm1(log_ratio) - log_ratio)
-    moved_by = float(setup.processes.gather(terms).mean())
-    wanted = setup.config.step_kl * setup.config.share_at(state.step) ** 2
-    factor = math.sqrt(wanted / moved_by) if moved_by > 0 else _FASTEST
+    kl = float(setup.processes.gather(terms).mean())
+    requested = setup.config.step_kl * setup.config.share_at(state.step) ** 2
+    factor = math.sqrt(requested / kl) if kl > 0 else _FASTEST
     state.rate *= min(max(factor, _SLOWEST), _FASTEST)
-    return moved_by
+    return kl

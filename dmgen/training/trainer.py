@@ -9,7 +9,6 @@ from typing import Any
 
 import pandas as pd
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 
 from dmgen.estimates.running_z import RunningZ
@@ -26,14 +25,11 @@ from dmgen.training.state import TrainState
 from dmgen.training.step import Info, step
 from dmgen.training.step_size import FIRST_RATE
 
-__all__ = ["Trainer"]
-
 
 class Trainer:
     """Fit `policy` to `target` by `∇ = E_q[A ∇log π]`, with the objective's A and q.
 
-    Under `accelerate launch` every process makes the same trainer; each draws and differentiates
-    its part of a batch, and all take the same step.
+    Under `accelerate launch` every process makes the same trainer, see `distributed`.
 
     Args:
         policy: the model to train, usually `base.copy()`; it is changed in place.
@@ -42,15 +38,16 @@ class Trainer:
         objective: the method, such as `objectives.GDCPP`, or one of the user's own.
         proposal: the model to draw from at first; None takes the target's base (off-policy) or
             the policy itself.
-        source: where batches come from; None draws them, see `rollout.Rollout`.
+        source: the source of batches; None draws them, see `rollout.Rollout`.
 
     Attributes:
         setup: the fixed part of the run.
         state: the changing part; checkpoints hold all of it.
 
     Raises:
+        TypeError: the proposal cannot be sampled from.
         ValueError: the policy has nothing to train, or is the target's own base; a setting does
-            not go with the objective or the number of processes.
+            not go with the objective, the proposal or the number of processes.
     """
 
     def __init__(
@@ -68,18 +65,18 @@ class Trainer:
         if not trainable or policy is target.base:
             raise ValueError("the policy has no trainable weights: use policy = base.copy()")
         self.setup = Setup.of(policy, target, config, objective, proposal)
-        own = objective.init(policy, target)
-        trained = [x for x in own.values() if isinstance(x, torch.nn.Parameter)]
-        auto = config.learning_rate == "auto"
+        own_state = objective.init(policy, target)
+        trained = [x for x in own_state.values() if isinstance(x, torch.nn.Parameter)]
+        is_auto = config.learning_rate == "auto"
         z = RunningZ.from_score(target.log_z)
         self.state = TrainState(
             policy=policy,
             optimizer=_optimizer(config, trainable, trained),
             generator=stream("train", config.seed),
-            rate=FIRST_RATE if auto else float(config.learning_rate),
+            rate=FIRST_RATE if is_auto else float(config.learning_rate),
             z=z,
             z_before=z,
-            objective=own,
+            objective=own_state,
             micro_batch_size=config.micro_batch_size,
         )
         self.source: Source = source or Rollout(self.setup)
@@ -101,27 +98,27 @@ class Trainer:
 
     @property
     def proposal(self) -> Any:
-        """The model that texts are drawn from now."""
+        """The model that texts are currently drawn from."""
         return self.setup.proposal(self.state)
 
     @property
     def step(self) -> int:
-        """Steps taken."""
+        """Number of steps taken."""
         return self.state.step
 
     @property
     def n_drawn(self) -> int:
-        """Texts used."""
+        """Number of texts used."""
         return self.state.n_drawn
 
     @property
     def seconds(self) -> float:
-        """Time spent in steps."""
+        """Seconds spent in steps."""
         return self.state.seconds
 
     @property
     def history(self) -> list[Info]:
-        """A row of metrics a step."""
+        """One row of metrics per step."""
         return self.state.history
 
     def train(
@@ -131,19 +128,17 @@ class Trainer:
         *,
         log: Callable[[Info], None] | None = None,
     ) -> pd.DataFrame:
-        """Take `n_steps` more steps and return the history of all so far, a row a step.
+        """Take `n_steps` more steps and return the history of all steps, a row a step.
 
         Args:
-            n_steps: how many.
-            out: a run folder for metrics, evaluations and checkpoints, the last one where it ends;
-                `resume(out)` goes on from it. An interrupted run goes on from the last checkpoint
-                that `checkpoint_every` wrote.
+            n_steps: number of steps.
+            out: a run folder for metrics, evaluations and checkpoints, one of them after the last
+                step, from which `resume(out)` continues.
             log: called with each row of metrics.
 
         Raises:
             ValueError: `out` holds another run, or the processes have different targets.
-            FloatingPointError: an advantage or a gradient is not finite; names its terms, or the
-                step. No update is made of it, and the last checkpoint is untouched.
+            FloatingPointError: an advantage or a gradient is not finite; the step is not taken.
         """
         self._check_before_training()
         state, setup = self.state, self.setup
@@ -178,11 +173,10 @@ class Trainer:
     def resume(self, run: str | Path) -> None:
         """Fill this trainer and its policy, in place, from the last checkpoint of a run folder.
 
-        The policy is then what `train` left: with averaged weights, if they are kept.
+        With `average_decay` the policy has the averaged weights, as after `train`.
 
         Raises:
-            ValueError: there is no checkpoint, or it belongs to another run: objective, target,
-                optimizer, proposal, seed or policy.
+            ValueError: there is no checkpoint, or it belongs to another run, see `checkpoint.load`.
         """
         checkpoint.load(self.state, self.setup, Path(run))
         show_average(self.state)
@@ -192,9 +186,11 @@ class Trainer:
         return type(self).__name__ if type(self) is not Trainer else self.setup.objective.name
 
     def _check_before_training(self) -> None:
-        """Refuse processes of different targets, and first batches that the fit cannot give."""
+        """Refuse different targets of the processes, and too few texts of the fit."""
         config, target = self.config, self.target
-        if not self.setup.processes.agree(_fitted(target)):
+        log_z = target.log_z.value if target.log_z else 0.0
+        fitted = torch.cat([target.lambdas, torch.tensor([log_z], dtype=torch.float64)])
+        if not self.setup.processes.agree(fitted):
             raise ValueError("the processes have targets of different λ or Z: give EBM.fit a seed")
         n_texts = len(target.fit_samples or ())
         if config.first_batches_from_fit and not self.step and n_texts < config.batch_size:
@@ -216,18 +212,12 @@ class Trainer:
             checkpoint.save(state, setup, folder)
 
 
-def _fitted(target: EBM) -> Tensor:
-    """Return λ and log Z of a target, 0 where it was not fitted."""
-    log_z = target.log_z.value if target.log_z else 0.0
-    return torch.cat([target.lambdas, torch.tensor([log_z], dtype=torch.float64)])
-
-
 def _optimizer(
     config: TrainerConfig,
     weights: list[torch.nn.Parameter],
     of_objective: list[torch.nn.Parameter],
 ) -> torch.optim.Optimizer:
-    """Return the optimiser that is configured; its learning rate is set at every step."""
+    """Return the configured optimiser; its learning rate is set at every step."""
     groups = [{"params": group} for group in (weights, of_objective) if group]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=1.0, momentum=0.9)
@@ -237,7 +227,7 @@ def _optimizer(
 
 
 def _postfix(row: Info) -> str:
-    """Return the figures that the progress bar shows."""
+    """Return the numbers that the progress bar shows."""
     moments = [f"{k[7:]} {v:.2f}" for k, v in row.items() if k.startswith("moment/")]
     speed = row["samples"] / max(row["seconds"], 1e-9)
     parts = [*moments, f"KL(p‖π) {row['kl_target_policy']:.2f}", f"ESS {row['ess']:.0f}"]

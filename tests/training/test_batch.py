@@ -1,5 +1,7 @@
 """`Batch`: columns and texts that are cut together, and what it does not know."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -32,7 +34,7 @@ def test_rows_are_cut_together(batch):
 
 def test_texts_of_one_of_several_processes(batch):
     """Columns are of all texts, samples of rows 2 to 4."""
-    own = batch.with_(samples=batch.texts[2:5], first=2)
+    own = dataclasses.replace(batch, samples=batch.texts[2:5], first=2)
     assert own.own == slice(2, 5)
     assert len(own) == 6
     part = own[torch.tensor([4, 2])]

@@ -1,12 +1,14 @@
 """What a resumed run takes over, and what it refuses."""
 
+import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 import dmgen
-from dmgen.training import memory
+from dmgen.training import checkpoint, memory
 
 
 def config(**settings):
@@ -108,3 +110,57 @@ def test_a_resumed_run_does_not_hold_its_checkpoint_in_memory(base, target, tmp_
     sampler = dmgen.GDC(base.copy(), target, settings)
     sampler.resume(tmp_path)
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+METHODS = [
+    dmgen.DPG,
+    dmgen.GDC,
+    dmgen.GDCpp,
+    dmgen.FDPG,
+    dmgen.VarGrad,
+    dmgen.Reinforce,
+    dmgen.ReinforceP,
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_equals_uninterrupted(method, base, target, tmp_path):
+    settings = config(average_decay=0.9, backward_size=100, proposal_every=4)
+    whole = method(base.copy(), target, settings)
+    expected = whole.train(25, out=tmp_path / "whole")
+    first = method(base.copy(), target, settings)
+    first.train(13, out=tmp_path / "parts")
+    second = method(base.copy(), target, settings)
+    second.resume(tmp_path / "parts")
+    found = second.train(12, out=tmp_path / "parts")
+    assert torch.equal(whole.policy.logits, second.policy.logits)
+    pd.testing.assert_frame_equal(expected.drop(columns="seconds"), found.drop(columns="seconds"))
+    rows = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows] == list(range(1, 26))
+
+
+def test_resume_refuses_another_run(base, target, tmp_path):
+    dmgen.GDC(base.copy(), target, config()).train(2, out=tmp_path)
+    with pytest.raises(ValueError, match="another objective: gdc, not gdc"):
+        dmgen.GDCpp(base.copy(), target, config()).resume(tmp_path)
+    dmgen.FDPG(base.copy(), target, config()).train(2, out=tmp_path / "js")
+    with pytest.raises(ValueError, match="another divergence: js, not tv"):
+        dmgen.FDPG(base.copy(), target, config(), divergence="tv").resume(tmp_path / "js")
+    other = dmgen.EBM(base, target.constraints, [v + 0.1 for v in target.lambdas])
+    with pytest.raises(ValueError, match="another target"):
+        dmgen.GDC(base.copy(), other, config()).resume(tmp_path)
+    with pytest.raises(ValueError, match="already holds a run of 2 steps"):
+        dmgen.GDC(base.copy(), target, config()).train(2, out=tmp_path)
+    with pytest.raises(ValueError, match="no checkpoint"):
+        dmgen.GDC(base.copy(), target, config()).resume(tmp_path / "nothing")
+
+
+def test_the_last_checkpoint_is_written_once(base, target, tmp_path, monkeypatch):
+    steps, save = [], checkpoint.save
+    monkeypatch.setattr(
+        checkpoint, "save", lambda s, setup, out: steps.append(s.step) or save(s, setup, out)
+    )
+    sampler = dmgen.GDC(base.copy(), target, config(checkpoint_every=3))
+    sampler.train(6, tmp_path)
+    sampler.train(1, tmp_path)
+    assert steps == [3, 6, 7]

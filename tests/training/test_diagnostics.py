@@ -1,8 +1,11 @@
 """The gradient's variance against the covariance of all gradients held side by side."""
 
+import math
+
 import pytest
 import torch
 
+import dmgen
 from dmgen.models import TabularLM
 from dmgen.training.diagnostics import gradient_variance
 
@@ -45,3 +48,36 @@ def test_what_no_text_uses_counts_nothing(gpt2_lm):
     more.model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
     samples, a = plain.sample(5, seed=3), torch.linspace(-1, 2, 5, dtype=torch.float64)
     assert gradient_variance(more, samples, a) == gradient_variance(plain, samples, a)
+
+
+def config(**settings):
+    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
+    return dmgen.TrainerConfig(**(defaults | settings))
+
+
+def test_diagnostics_on_request(base, target):
+    history = dmgen.GDCpp(base.copy(), target, config(diagnose_every=3)).train(7)
+    assert history["grad_variance"].notna().tolist() == [False, False, True] * 2 + [False]
+    quiet = dmgen.GDCpp(base.copy(), target, config()).train(7)
+    assert history["kl_target_policy"].tolist() == quiet["kl_target_policy"].tolist()
+
+
+def test_a_row_of_metrics_is_of_the_policy_by_texts_of_the_proposal(base, target):
+    """π, q and the target are three laws here, so that no column can stand for another."""
+    q = dmgen.TabularLM.random("abc.", 4, eos=".", seed=5)
+    policy = dmgen.TabularLM.random("abc.", 4, eos=".", seed=6).copy()
+    sampler = dmgen.GDCpp(policy, target, config(), proposal=q)
+    samples = q.sample(256, generator=dmgen.GDCpp(policy, target, config()).state.generator)
+    log_q, log_pi = samples.log_prob, policy.log_prob(samples).detach()
+    log_w = target.log_score(samples) - log_q
+    row = sampler.train(1).iloc[0]
+    weights = torch.softmax(log_w, 0)
+    log_z = log_w.logsumexp(0) - math.log(256)
+    u = (log_pi - log_q).exp()
+    phi = torch.tensor(["ab" in text for text in samples.texts], dtype=torch.float64)
+    log_p = log_w + log_q - log_z
+    assert row["kl_target_policy"] == pytest.approx(float(weights @ (log_p - log_pi)), rel=1e-9)
+    assert row["kl_target_proposal"] == pytest.approx(float(weights @ (log_p - log_q)), rel=1e-9)
+    assert row["moment/ab"] == pytest.approx(float(u @ phi / u.sum()), rel=1e-9)
+    assert row["ess"] == pytest.approx(1 / float(weights @ weights), rel=1e-9)
+    assert row["largest_weight"] == pytest.approx(float(weights.max()), rel=1e-9)

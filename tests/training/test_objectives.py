@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import dmgen
 from dmgen.constraints.constraint import Moment, Pointwise
 from dmgen.constraints.feature import feature
 from dmgen.estimates.f_divergence import f_divergence
@@ -370,3 +371,27 @@ def test_everything_is_float64_even_from_float32():
     args = [torch.full((2,), -1.0, dtype=torch.float32) for _ in range(3)]
     for method in ("gdc", "gdc++", "fdpg"):
         assert advantage(method, *args, 0.0, divergence="js").dtype == torch.float64
+
+
+def config(**settings):
+    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
+    return dmgen.TrainerConfig(**(defaults | settings))
+
+
+def test_gdc_does_not_need_log_policy_however_improbable_a_text_is():
+    """Beyond e^709, 1/q overflows: a text of some 200 tokens of GPT-2."""
+    log_q = torch.tensor([-700.0, -800.0, -5000.0], dtype=torch.float64)
+    for method, baseline in (("gdc", None), ("dpg", None), ("gdc++", "none")):
+        a = advantage(
+            method, log_q + torch.tensor([0.0, 1.0, -1.0]), log_q, torch.zeros(3), 0.0,
+            baseline=baseline,
+        )  # fmt: skip
+        torch.testing.assert_close(a, torch.tensor([0.0, 1.0, -1.0], dtype=torch.float64).exp())
+
+
+def test_the_advantage_that_is_not_finite_is_named(base, target):
+    sampler = dmgen.DPG(base.copy(), target, config())
+    with torch.no_grad():
+        sampler.policy.logits[0, 0] = math.nan
+    with pytest.raises((FloatingPointError, ValueError), match="text"):
+        sampler.train(1)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from worlds import as_table
 
 import dmgen
 from dmgen.training.distributed import Processes
@@ -42,7 +43,7 @@ def test_a_share_of_the_batch_is_of_the_mixture(base, target, rule, rows):
 
 @pytest.mark.parametrize(("share", "size"), [(0.75, 1), (0.1, 4), (0.999, 100)])
 def test_a_share_of_no_texts_or_of_all_is_refused(share, size):
-    with pytest.raises(ValueError, match="some of them, and not all"):
+    with pytest.raises(ValueError, match="at least one text, and not all"):
         dmgen.TrainerConfig(batch_size=size, base_share=share)
 
 
@@ -100,3 +101,91 @@ def test_a_copy_in_one_block_is_a_copy(llama_lm):
     copied.load_state_dict(policy.state_dict())
     assert torch.equal(copied.log_prob(samples), policy.log_prob(samples))
     assert {p.untyped_storage().data_ptr() for p in copied.parameters()} == blocks
+
+
+def config(**settings):
+    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
+    return dmgen.TrainerConfig(**(defaults | settings))
+
+
+def exact_kl(target, policy):
+    """KL(p‖π) by listing every text."""
+    texts = target.base.enumerate()
+    log_score = target.log_score(texts)
+    log_p = log_score - log_score.logsumexp(0)
+    possible = log_p > -math.inf
+    terms = log_p.exp() * (log_p - policy.log_prob(texts))
+    return float(terms[possible].sum())
+
+
+def test_the_proposal_follows_the_policy_only_when_it_is_closer(base, target):
+    sampler = dmgen.GDCpp(base.copy(), target, config())
+    history = sampler.train(60)
+    assert history["proposal_updated"].any()
+    assert sampler.proposal is not base
+    # A policy that runs away from the target is never taken as the proposal.
+    worse = dmgen.GDCpp(base.copy(), target, config(learning_rate=1e-9))
+    with torch.no_grad():
+        worse.policy.logits.mul_(3.0)
+    assert not worse.train(40)["proposal_updated"].any()
+    frozen = dmgen.GDCpp(base.copy(), target, config(proposal_rule="never"))
+    frozen.train(20)
+    assert frozen.proposal is base
+
+
+@pytest.mark.parametrize("rule", ["kl", "tv"])
+def test_rules_agree_with_the_exact_divergences(rule, base, target):
+    sampler = dmgen.GDC(base.copy(), target, config(proposal_rule=rule))
+    history = sampler.train(60)
+    assert history["proposal_updated"].any()
+    assert exact_kl(target, sampler.proposal) < exact_kl(target, base)
+
+
+@pytest.mark.parametrize(("asked", "size", "share"), [(0.25, 256, 0.25), (0.1, 32, 3 / 32)])
+def test_the_proposal_is_tested_as_the_mixture_that_texts_come_from(
+    asked, size, share, base, target
+):
+    """A policy that equals the proposal makes the same mixture, so no text speaks for it."""
+    q = dmgen.TabularLM.random("abc.", 4, eos=".", seed=5)
+    settings = config(base_share=asked, batch_size=size, learning_rate=1e-12, proposal_every=5)
+    sampler = dmgen.GDC(q.copy(), target, settings, proposal=q)
+    assert not sampler.train(4)["proposal_updated"].any()
+    log_w, log_ratio = sampler.state.compared
+    assert len(log_w) == 4 * size
+    torch.testing.assert_close(log_ratio, torch.zeros_like(log_ratio), rtol=0, atol=1e-9)
+    # While texts come from the base alone, it is the mixture that would follow.
+    first = dmgen.GDC(q.copy(), target, settings)
+    first.train(1)
+    samples = base.sample(size, generator=dmgen.GDC(q.copy(), target, settings).state.generator)
+    u = q.log_prob(samples).exp() / samples.log_prob.exp()
+    expected = torch.log((1 - share) * u + share)
+    torch.testing.assert_close(first.state.compared[1], expected, atol=1e-6, rtol=0)
+
+
+def test_texts_of_the_fit_say_nothing_of_another_proposal(base, target):
+    """They are the base's: log π − log a is not log π − log q."""
+    log_score = target.log_score(base.enumerate())
+    best = as_table(base, log_score - log_score.logsumexp(0))
+    settings = config(first_batches_from_fit=True, proposal_every=5, learning_rate=1e-3)
+    sampler = dmgen.GDC(base.copy(), target, settings, proposal=best)
+    assert not sampler.train(10)["proposal_updated"].any()
+    assert sampler.state.compared.shape == (2, 0)
+    sampler.train(10)  # 15 batches of the 4,000 texts, and five drawn
+    assert sampler.state.compared.shape == (2, 5 * 256)
+
+
+def test_what_the_proposal_is_tested_on_is_bounded_and_resumed(base, target, tmp_path):
+    settings = config(proposal_every=1, learning_rate=1e-12)
+    far = base.copy()
+    with torch.no_grad():
+        far.logits.mul_(3.0)  # it will not be closer
+    sampler = dmgen.GDC(far.copy(), target, settings)
+    sampler.train(12, out=tmp_path)
+    assert sampler.state.compared.shape == (2, 12 * 256)
+    resumed = dmgen.GDC(far.copy(), target, settings)
+    resumed.resume(tmp_path)
+    assert torch.equal(resumed.state.compared, sampler.state.compared)
+    sampler.train(13)
+    resumed.train(13)
+    assert sampler.state.compared.shape == (2, 20 * 256)
+    assert torch.equal(resumed.state.compared, sampler.state.compared)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dmgen.training.subset import inclusion_probabilities, systematic_sample
+from dmgen.training.gradient import inclusion_probabilities, systematic_sample
 
 # ---------------------------------------------------------------- which texts to keep
 

@@ -41,11 +41,7 @@ def passes(
     chunked: bool,
     dtype: torch.dtype,
 ) -> Iterator[Pass]:
-    """Split texts into forward passes over one prompt and texts of similar length.
-
-    A pass has `batch_size` texts, or as many as there is memory for. Masked tokens, which may be no
-    legal ids, are replaced by EOS.
-    """
+    """Yield forward passes over one prompt and texts of similar length, EOS where masked."""
     lengths = samples.n_tokens
     rows_of: dict[str, list[int]] = {}
     for i, prompt in enumerate(samples.prompts):

@@ -31,10 +31,9 @@ def chosen_log_prob(
     """Return the log-probability of one token per row under the softmax of a linear output layer.
 
     The formula is `(hidden @ weight.T + bias).log_softmax(-1)[row, tokens[row]]`, computed in
-    blocks of the vocabulary, so that about `chunk` logits are in memory at a time instead of M·V.
-    (With blocks of rows, the gradient of `weight` would be written once per block.) The backward
-    pass needs all probabilities, in the precision of the products: they are kept if they take at
-    most `keep` bytes, else each block is computed again.
+    blocks of the vocabulary. (With blocks of rows, the gradient of `weight` would be written once
+    per block.) The backward pass needs all probabilities: they are kept if they take at most `keep`
+    bytes, else each block is computed again.
 
     Products have the precision of `weight` or, under autocast, that of autocast; logits are
     converted to float32 before the softmax.
@@ -144,10 +143,7 @@ def _kept(kept: list[Tensor], log_z: Tensor, top: Tensor) -> Iterator[tuple[int,
 
 
 def _again(blocks: _Blocks, log_z: Tensor, tokens: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield the start of each block, and two factors of its probabilities.
-
-    The factors are `(M, C)` and `(M, 1)`; the probabilities of the chosen tokens are set to 0.
-    """
+    """Yield each block's start and two factors of its probabilities, 0 at the chosen tokens."""
     one = torch.ones_like(log_z).unsqueeze(-1)
     for start, logits in blocks:
         column, inside = _column(tokens, start, logits)

@@ -27,12 +27,7 @@ class RMSNorm(torch.nn.Module):
     The result is computed in float32 and rounded once, to the precision of `x` or, under autocast,
     to that of autocast, to which each linear layer after it would round it.
 
-    Args:
-        weight: `(D,)`; the parameter is shared, not copied.
-        eps: above 0.
-
-    Source:
-        Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
+    Source: Zhang and Sennrich 2019, "Root Mean Square Layer Normalization".
     """
 
     def __init__(self, weight: torch.nn.Parameter, eps: float) -> None:
@@ -83,8 +78,7 @@ class GatedMLP(torch.nn.Module):
     The backward pass computes `silu(gate_proj(x))` again instead of keeping it; results and
     gradients equal the plain form in all bits. The layers are shared, not copied.
 
-    Source:
-        Shazeer 2020, "GLU Variants Improve Transformer".
+    Source: Shazeer 2020, "GLU Variants Improve Transformer".
     """
 
     def __init__(
@@ -116,14 +110,9 @@ class _Gated(torch.autograd.Function):
 
 def is_hooked(module: Any) -> bool:
     """Return whether hooks or a replaced `forward` change the output of a module."""
-    hooks = (
-        module._forward_hooks,
-        module._forward_pre_hooks,
-        module._backward_hooks,
-        module._backward_pre_hooks,
-    )
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     # Libraries that move weights between devices set `forward` on instances.
-    return any(hooks) or "forward" in vars(module)
+    return any(getattr(module, name) for name in names) or "forward" in vars(module)
 
 
 def _refuse_second_derivative() -> None:
@@ -156,10 +145,7 @@ def _mlp_like(module: Any) -> GatedMLP | None:
 
 
 def _same(module: Any, fast: RMSNorm | GatedMLP) -> bool:
-    """Return whether two layers compute the same on random states.
-
-    Small states reveal the eps of a norm, large ones the clamp of a gated layer.
-    """
+    """Return whether two layers compute the same on random states, small and large ones."""
     if isinstance(fast, RMSNorm):
         # In half precision, rounding would hide a shift by 1 of large weights.
         module = copy.deepcopy(module).float()

@@ -20,12 +20,7 @@ TINY_BIOS = Path(__file__).parents[1] / "tiny_bios"
 
 
 def load(name: str | Path, *, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
-    """Return a model with weights in `dtype`, and its tokenizer.
-
-    Raises:
-        ValueError: there is no such folder or model, its weights are incomplete or not safetensors,
-            or its tokenizer has no EOS.
-    """
+    """Return a model with weights in `dtype`, and its tokenizer; see `from_pretrained`."""
     source = str(TINY_BIOS if str(name) == "tiny-bios" else name)
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _loading(source):
@@ -58,11 +53,7 @@ def _loading(name: str) -> Iterator[None]:
 
 
 def _only_cached(source: str) -> bool:
-    """Return whether `source` must come from the local cache because the hub cannot be reached.
-
-    One request is made and not repeated; transformers itself would retry for most of a minute.
-    Raise ValueError if `source` is neither a folder here nor a model on the hub.
-    """
+    """Return whether the hub cannot be reached, by one request, so that the cache must do."""
     if Path(source).is_dir():
         return False
     if source.startswith((".", "~", "/")) or source.count("/") > 1 or Path(source).exists():

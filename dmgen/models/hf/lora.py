@@ -18,23 +18,15 @@ def attach(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
     Such a layer computes `W x + (alpha / rank) B A x`. B is initially 0, so the distribution is at
     first that of the model; A is uniform in ±1/sqrt(inputs). Only A and B, in float32, are trained.
 
-    Args:
-        model: a frozen causal language model of transformers. It is not changed: the result is a
-            second tree of modules around the same parameters.
-        rank: rows of A, at least 1.
-        alpha: scale of the adapter's output, above 0.
-        seed: seed of A.
+    The frozen `model` is not changed: the result is a second tree of modules around its parameters.
 
     Raises:
         ImportError: peft is not installed.
         ValueError: rank or alpha is not positive, the model is being trained, or it is a mixture of
             experts.
 
-    Source:
-        Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3.
-
-    Differs from the paper:
-        A is normal there, uniform in the authors' code and here.
+    Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models", equation 3.
+    Differs from the paper: A is normal there, uniform in the authors' code and here.
     """
     if any(p.requires_grad for p in model.parameters()):
         raise ValueError(
@@ -65,11 +57,8 @@ def attach(model: Any, *, rank: int, alpha: float, seed: int) -> Any:
         )
     generator = torch.Generator().manual_seed(seed)
     for layer in _layers(adapted).values():
-        a, b, device = (
-            layer.lora_A[_NAME],
-            layer.lora_B[_NAME],
-            layer.get_base_layer().weight.device,
-        )
+        a, b = layer.lora_A[_NAME], layer.lora_B[_NAME]
+        device = layer.get_base_layer().weight.device
         uniform = 2 * torch.rand(a.weight.shape, generator=generator) - 1  # (rank, inputs)
         a.weight = torch.nn.Parameter((uniform / math.sqrt(uniform.shape[1])).to(device))
         b.weight = torch.nn.Parameter(torch.zeros(b.weight.shape, device=device))

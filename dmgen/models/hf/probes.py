@@ -16,11 +16,7 @@ from dmgen.models.samples import mask_until_eos
 
 
 def check(model: Any, eos: int, dtype: torch.dtype) -> bool:
-    """Check that decoding in `dtype` agrees with scoring; return whether scores may be `chunked`.
-
-    Raises:
-        ValueError: the model has no token `eos`, or its cached decoding disagrees with scoring.
-    """
+    """Refuse a model whose decoding disagrees with scoring; return if scores may be `chunked`."""
     name = getattr(model.config, "_name_or_path", "") or type(model).__name__
     if eos >= vocab_size(model):
         raise ValueError(

@@ -27,12 +27,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def start_ids(model: Any, tokenizer: Any, prompt: str | Sequence[str], n_new_tokens: int) -> Tensor:
-    """Return the ids before a text, long `(L,)`, L >= 1, on the device of the model.
-
-    Raises:
-        TypeError: `prompt` is not one string.
-        ValueError: the prompt and `n_new_tokens` do not fit the model's context.
-    """
+    """Return the ids before a text, long `(L,)`, L >= 1; refuse prompts that do not fit."""
     if not isinstance(prompt, str):
         raise TypeError(f"prompt must be one string, got {type(prompt).__name__}: {prompt!r}")
     ids = prompt_ids(tokenizer, prompt)
@@ -75,10 +70,9 @@ def context_length(model: Any) -> int:
 
 
 def texts_to_samples(model: Any, tokenizer: Any, texts: Sequence[str]) -> Samples:
-    """Return texts as samples without a prompt and with `log_prob` 0, cut off at the context.
+    """Return texts as samples without a prompt, cut off at the context, for `CausalLM.embed`.
 
-    Special tokens in them are plain text. An EOS follows each text, so that `hidden_states` of the
-    samples include the state after its last token.
+    An EOS follows each text, so that `hidden_states` include the state after its last token.
     """
     max_tokens = context_length(model) - len(prompt_ids(tokenizer, ""))
     ids = [
