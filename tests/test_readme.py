@@ -63,9 +63,27 @@ def test_set_up_is_one_line_each(name):
     assert found, f"the block after <!-- {name} -->"
 
 
-def test_the_map_names_every_file():
+def rooms_of_the_map():
+    """The files that the map names, without their ending, by room; "" is the package itself."""
+    block = re.search(r"## The house\n\n```\n(.*?)\n```", README, flags=re.DOTALL)[1]
+    rooms, room = {"": set()}, ""
+    for line in block.split("\n"):
+        entry = re.match(r"[├└]── (\S+)", line)
+        if entry and entry[1].endswith("/"):
+            room = entry[1].rstrip("/")
+            rooms[room] = set()
+        elif entry:
+            rooms[""].add(entry[1].removesuffix(".py"))
+        elif line.startswith("│"):
+            rooms[room] |= set(re.findall(r"\w+", line))
+    return rooms
+
+
+def test_the_map_is_the_tree():
     package = Path(dmgen.__file__).parent
-    for path in package.glob("*.py"):
-        assert path.name in README or path.stem == "__main__", path.name
-    for folder in ("features", "models", "metrics", "report", "samplers"):
-        assert f"{folder}/" in README
+    tree = {"": {path.stem for path in package.glob("*.py")} - {"__main__"}}
+    for init in package.rglob("__init__.py"):
+        if init.parent != package:
+            room = init.parent.relative_to(package).as_posix()
+            tree[room] = {path.stem for path in init.parent.glob("*.py")} - {"__init__"}
+    assert rooms_of_the_map() == tree

@@ -265,7 +265,7 @@ class TestEvaluateAndSample:
         data = Path(__file__).parents[1] / "data"
         out = shutil.copytree(data / "run-0.1", tmp_path / "run")
         path = out / "config.yaml"
-        path.write_text(path.read_text().replace("/tmp/fix/base", str(data / "base-0.1")))
+        path.write_text(path.read_text().replace("/home/ada/base", str(data / "base-0.1")))
         final = storage.read_rows(out / "evaluations.jsonl")[-1]
         result = dmgen_command("evaluate", out, "--json")
         assert result.exit_code == 0, result.output

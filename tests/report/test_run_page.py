@@ -94,7 +94,7 @@ def test_a_condition_and_a_hard_constraint_are_explained(make_run):
 
 
 def test_a_run_of_version_0_1_is_reported(tmp_path):
-    """Its base, /tmp/fix/base, need not exist."""
+    """Its base, /home/ada/base, need not exist."""
     (path,) = write_report(OLD_RUN, tmp_path / "page.html")
     tree, text = parsed(path)
     assert_self_contained(tree, text)
