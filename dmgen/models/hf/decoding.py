@@ -16,8 +16,7 @@ from dmgen.models.random_draws import draw_tokens
 def decode(model: Any, start: Tensor, u: Tensor, eos: int) -> tuple[Tensor, Tensor]:
     """Draw texts that follow the ids `start`, `(L,)`, from uniforms `u`, float64 `(n, T)`.
 
-    Row i of `u` determines text i. Return tokens, long `(n, T)`, `eos` after the end, and
-    log-probabilities in nats, float64 `(n,)`.
+    Return tokens, long `(n, T)`, `eos` after the end, and log-probabilities, float64 `(n,)`, nats.
     """
     n, length = u.shape
     tokens = torch.full((n, length), eos, device=u.device)

@@ -39,11 +39,10 @@ def attend(
 
     The heads that share keys are rows of one product, so that keys are never repeated. On other
     devices, for more than 256 keys, and for anything but causal attention, torch's kernel is used.
-    The gain is largest in the backward pass in bfloat16.
 
     `query` is `(n, heads, t, d)`, where t is the number of keys, or 1 for the last position alone;
-    `key` and `value` are `(n, key heads, keys, d)`, where heads is a multiple of key heads. Without
-    `scaling` it is `1/sqrt(d)`. The result is `(n, t, heads, d)`, and None for the weights.
+    `key` and `value` are `(n, key heads, keys, d)`, where heads is a multiple of key heads. The
+    result is `(n, t, heads, d)`, and None for the weights.
     """
     n, heads, t, width = query.shape
     n_keys = key.shape[2]

@@ -20,11 +20,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 def keep_states_wide(model: Any) -> None:
     """Make a model with half-precision weights add up its hidden states in float32 under autocast.
 
-    Its trainable copy has float32 weights and does the same, so that the two are the same
-    distribution to the last bit if the model is a dense transformer. In half precision the residual
-    stream of some models has a few entries of many hundreds, beside which the others lose their
-    digits, and log-probabilities of single tokens are off by nats. Without autocast nothing
-    changes.
+    Its trainable copy, with float32 weights, is then the same distribution to the last bit if the
+    model is a dense transformer. In half precision the residual stream of some models has a few
+    entries of many hundreds, beside which the others lose their digits, and log-probabilities of
+    single tokens are off by nats.
     """
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding) and _widen not in module._forward_hooks.values():

@@ -48,9 +48,8 @@ def check(model: Any, eos: int, dtype: torch.dtype) -> bool:
 def logits_are_linear(model: Any, inputs: Tensor, dtype: torch.dtype) -> bool:
     """Return whether the logits are the output layer's linear map of the last hidden states.
 
-    Some models cap, scale or transform either of them, which small logits would not show. So the
-    hidden states at `inputs`, ids `(n, T)`, are replaced by random ones whose logits have a
-    standard deviation of 30 nats.
+    Some models cap or scale either of them, which small logits would not show: the hidden states at
+    `inputs`, ids `(n, T)`, are replaced by random ones with logits of standard deviation 30 nats.
     """
     head = linear_head(model)
     if head is None:
