@@ -129,7 +129,7 @@ def test_the_number_of_texts_must_be_a_positive_whole_number(
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_arguments_are_refused_when_made(target, proposal, name):
     make = SAMPLERS[name]
-    with pytest.raises(TypeError, match=r"an EBM and a language model.*TabularLM and EBM"):
+    with pytest.raises(TypeError, match=r"an EBM and a model to draw from.*TabularLM and EBM"):
         make(proposal, target)
     with pytest.raises(TypeError, match="got EBM and str"):
         make(target, "gpt2")
