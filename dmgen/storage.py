@@ -13,17 +13,6 @@ from torch import Tensor
 
 from dmgen.estimates.score import finite
 
-__all__ = [
-    "apart",
-    "append_row",
-    "as_yaml",
-    "read_json",
-    "read_rows",
-    "write_json",
-    "write_rows",
-    "write_text",
-]
-
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Add a JSON line; `read_rows` leaves out a line that a crash cut off.

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import zip_longest
 
-__all__ = ["aligned"]
-
 
 def aligned(rows: Sequence[Sequence[str]]) -> str:
     """Return rows of cells as lines of text with left-aligned columns, two spaces apart.

@@ -8,8 +8,6 @@ from difflib import get_close_matches
 from numbers import Integral, Real
 from typing import Any
 
-__all__ = ["check_choice", "check_integer", "check_known", "check_number", "did_you_mean"]
-
 
 def check_integer(name: str, value: Any, *, least: int | None = None) -> int:
     """Return a whole number as `int`; numpy's integers are whole numbers, bools are not.

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["check_drawn", "check_like", "check_log_weights"]
-
 
 def check_log_weights(log_weights: Tensor, name: str = "log_weights") -> Tensor:
     """Return `log_weights` as a detached float64 vector after checking that it is legal.

@@ -25,17 +25,6 @@ from dmgen.estimates.estimate import Estimate
 from dmgen.estimates.score import Score
 from dmgen.estimates.weights import Weights
 
-__all__ = [
-    "estimate_js",
-    "estimate_kl",
-    "estimate_tv",
-    "js",
-    "kl",
-    "log_z_bounds",
-    "reverse_kl",
-    "tv",
-]
-
 
 def kl(
     log_score: Tensor,

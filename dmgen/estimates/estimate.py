@@ -10,8 +10,6 @@ from torch import Tensor
 
 from dmgen.estimates.score import Score
 
-__all__ = ["Estimate", "stderr_of_mean"]
-
 
 @dataclass(frozen=True, eq=False)
 class Estimate:

@@ -8,8 +8,6 @@ from scipy.special import ndtri, stdtrit
 
 from dmgen.estimates.score import Score
 
-__all__ = ["LEVEL", "student", "wilson"]
-
 LEVEL = 0.99
 
 

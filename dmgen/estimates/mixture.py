@@ -7,8 +7,6 @@ from torch import Tensor
 
 from dmgen.estimates.checks import check_like, check_log_weights
 
-__all__ = ["balance_heuristic", "log_mixture"]
-
 
 def log_mixture(log_probs: Tensor, n_samples: Tensor) -> Tensor:
     """Return `log Σ_m (n_m / n) q_m(x)`, the density of samples pooled from M proposals.

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from dmgen.estimates.checks import check_log_weights
 
-__all__ = ["pareto_k"]
-
 # Excesses that differ by more, over 690 nats, underflow in the fit.
 _NEGLIGIBLE = 1e-300
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from dmgen.estimates.score import Score
 
-__all__ = ["RunningZ"]
-
 
 @dataclass(frozen=True)
 class RunningZ:

@@ -6,8 +6,6 @@ import math
 from dataclasses import dataclass
 from statistics import NormalDist
 
-__all__ = ["Score", "finite"]
-
 
 @dataclass(frozen=True)
 class Score:

@@ -17,8 +17,6 @@ from sacrebleu.metrics.bleu import BLEU
 from dmgen.estimates.score import Score
 from dmgen.validation import check_choice, check_integer
 
-__all__ = ["distinct_n", "entropy", "most_repeated", "self_bleu"]
-
 Tokenize = Callable[[str], Sequence[str]]
 Integers = NDArray[np.int64]
 

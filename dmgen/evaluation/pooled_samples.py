@@ -23,8 +23,6 @@ from dmgen.models.samples import Samples
 from dmgen.target.ebm import EBM
 from dmgen.target.factor import Constraint, constraint_mean
 
-__all__ = ["MODELS", "Pool"]
-
 MODELS = ("base", "target", "policy")
 # A bound that is violated by more standard errors than this is not violated by chance.
 _SIGMAS = 5.0

@@ -15,8 +15,6 @@ from dmgen.evaluation.verdicts import TOLERANCE
 from dmgen.models.samples import Samples
 from dmgen.table import aligned
 
-__all__ = ["Evaluation", "MomentRow"]
-
 # With fewer effective texts, the errors of the delta method are not reliable.
 _FEW = 100
 # Columns of a row that hold a float, which may be NaN or infinite.

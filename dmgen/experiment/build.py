@@ -23,18 +23,6 @@ from dmgen.training.trainer import Trainer
 if TYPE_CHECKING:
     from dmgen.models.causal_lm import CausalLM
 
-__all__ = [
-    "bind_target",
-    "build_constraints",
-    "build_trainer",
-    "fit_draw",
-    "fit_target",
-    "load_finished_base",
-    "load_finished_policy",
-    "load_model",
-    "load_target",
-]
-
 
 def load_model(name: str | Path, config: RunConfig) -> CausalLM:
     """Return the model in a folder or on the hub, on the device of the configuration.

@@ -20,17 +20,6 @@ from dmgen.training.config import TrainerConfig
 from dmgen.training.methods import METHODS, make_objective
 from dmgen.validation import check_choice, check_integer, check_known, check_number
 
-__all__ = [
-    "DTYPES",
-    "EvaluateConfig",
-    "FitConfig",
-    "PolicyConfig",
-    "RunConfig",
-    "absolute_path",
-    "classifier_options",
-    "with_absolute_paths",
-]
-
 DTYPES = ("float32", "bfloat16", "float16")
 
 

@@ -10,16 +10,6 @@ from pathlib import Path
 from dmgen.experiment.config import RunConfig, with_absolute_paths
 from dmgen.training import run_folder
 
-__all__ = [
-    "WRITTEN",
-    "finished_config",
-    "is_finished",
-    "load_config",
-    "refuse_other_run",
-    "refuse_used",
-    "resume_command",
-]
-
 # Files and folders of a run.
 WRITTEN = (
     "config.yaml", "target.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl",

@@ -12,8 +12,6 @@ from dmgen.models.protocols import LanguageModel
 from dmgen.target.ebm import EBM
 from dmgen.target.fit import TargetFit
 
-__all__ = ["load_published", "publish"]
-
 
 def publish(folder: Path, config: RunConfig, target: TargetFit) -> None:
     """Write `dmgen.json`, from which `load_published` makes the target, on other machines too.

@@ -17,8 +17,6 @@ from dmgen.experiment.versions import read_versions
 from dmgen.target.fit import TargetFit
 from dmgen.training import run_folder
 
-__all__ = ["Run", "StepEvaluation", "TextPair"]
-
 
 @dataclass(frozen=True)
 class StepEvaluation:

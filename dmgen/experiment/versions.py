@@ -10,8 +10,6 @@ from typing import Any
 
 from dmgen.storage import as_yaml, write_text
 
-__all__ = ["read_versions", "versions", "write_config"]
-
 
 def versions() -> dict[str, str]:
     """Return the versions of dmgen, its libraries and Python, and the machine, by name."""

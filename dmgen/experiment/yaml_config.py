@@ -13,8 +13,6 @@ import yaml
 
 from dmgen.validation import check_known
 
-__all__ = ["all_keys", "from_mapping", "load", "need_mapping", "to_number"]
-
 _EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 _TYPE_NAMES = {
     bool: "true or false",

@@ -15,8 +15,6 @@ from dmgen.features.classifier_head import ClassifierHead, Embed, embedded
 from dmgen.features.labels import Threshold, Wanted, check_threshold, label_name, several, wanted
 from dmgen.validation import check_integer
 
-__all__ = ["classifier", "lazy_classifier"]
-
 
 @dataclass(frozen=True)
 class _Classifier:

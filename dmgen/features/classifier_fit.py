@@ -16,8 +16,6 @@ from torch import Tensor
 from dmgen.estimates.score import Score
 from dmgen.features.classifier_head import ClassifierHead, Embed, embedded
 
-__all__ = ["MAX_GRADIENT", "fit_classifier"]
-
 # Largest entry of the gradient at which a fit counts as converged; its entries are at most of the
 # order of a standardised hidden state, so of 1.
 MAX_GRADIENT = 1e-6

@@ -16,8 +16,6 @@ from torch import Tensor
 from dmgen import storage
 from dmgen.estimates.score import Score
 
-__all__ = ["ClassifierHead", "Embed", "embedded"]
-
 # Texts to one vector each, `(N, D)`. A row must depend on its own text alone, not on the padding
 # that other texts of the batch bring, and the empty text must have one too.
 Embed = Callable[[list[str]], Tensor]

@@ -16,8 +16,6 @@ from dmgen.features.classifier_head import Embed
 from dmgen.features.labels import Threshold
 from dmgen.validation import check_known, did_you_mean
 
-__all__ = ["CONSTRAINT_FORMS", "CONSTRAINT_KEYS", "constraint_from_config", "from_config"]
-
 Families = Mapping[str, Callable[..., Feature]]
 
 CONSTRAINT_KEYS = ("pointwise", "moment", "target", "given")

@@ -10,8 +10,6 @@ from dmgen.constraints.feature import Feature
 from dmgen.features.yaml_form import yaml_form
 from dmgen.validation import check_known
 
-__all__ = ["gender", "gender_gdc"]
-
 # Predicates of one text and of several.
 _PHRASES = {
     "female": (

@@ -8,8 +8,6 @@ from dmgen.constraints.feature import Feature
 from dmgen.features.yaml_form import yaml_form
 from dmgen.validation import check_known
 
-__all__ = ["length"]
-
 
 def length(unit: str = "words") -> Feature:
     """Return the feature "length of the text", a number and not binary.

@@ -14,8 +14,6 @@ from dmgen.constraints.feature import Feature
 from dmgen.features.yaml_form import yaml_form
 from dmgen.validation import check_number
 
-__all__ = ["n_sentences", "n_syllables", "readability"]
-
 _WORD = re.compile(r"[^\W\d_]+(?:['’][^\W\d_]+)*")
 _SENTENCE_END = re.compile(r"[.!?…][\"'”’)\]]*(?=\s|$)")
 # The full stop of a single capital or of one of these ends no sentence.

@@ -12,8 +12,6 @@ from dmgen.constraints.feature import Feature
 from dmgen.features.yaml_form import yaml_form
 from dmgen.validation import check_known
 
-__all__ = ["sentiment"]
-
 _KINDS = ("positive", "negative", "neutral", "compound")
 # VADER's authors call a text positive from 0.05 on and negative from -0.05 on.
 _EDGE = 0.05

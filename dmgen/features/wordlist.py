@@ -15,8 +15,6 @@ from dmgen.constraints.feature import Feature
 from dmgen.features.yaml_form import yaml_form
 from dmgen.validation import check_known
 
-__all__ = ["regex", "word", "wordlist"]
-
 
 @dataclass(frozen=True)
 class _Contains:

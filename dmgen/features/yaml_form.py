@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["yaml_form"]
-
 
 def yaml_form(family: str, **arguments: Any) -> dict[str, Any]:
     """Return `{family: argument}`, or `{family: {name: argument, ...}}` for more than the first.

@@ -27,16 +27,6 @@ from dmgen.estimates.estimate import Estimate
 from dmgen.estimates.score import Score
 from dmgen.estimates.weights import Weights
 
-__all__ = [
-    "acceptance_rate",
-    "beta_normalised",
-    "kl",
-    "log_acceptance",
-    "log_beta_for",
-    "tv",
-    "tv_bound",
-]
-
 # Nats by which log w may be above log β without being so: a sum and a difference of logs are
 # rounded, and β may be the largest weight itself.
 _ROUNDING = 1e-9

@@ -17,8 +17,6 @@ from dmgen.models.samples import Samples
 from dmgen.target.ebm import EBM
 from dmgen.validation import check_integer
 
-__all__ = ["Draws"]
-
 # A search stops early if the probability to finish it within max_draws is below this.
 _UNLIKELY = 1e-6
 

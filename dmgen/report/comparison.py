@@ -21,8 +21,6 @@ from dmgen.report.run_values import (
     targets_in_common,
 )
 
-__all__ = ["group_names", "write_comparison"]
-
 # Settings that tell apart runs of one kind.
 _SEEDS = {"trainer.seed", "fit.seed", "evaluate.seed"}
 # Measurements on the page, with their labels there.

@@ -21,20 +21,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = [
-    "available",
-    "draw_curves",
-    "draw_intervals",
-    "draw_level",
-    "draw_points",
-    "draw_target",
-    "need_matplotlib",
-    "palette",
-    "panel",
-    "to_data_uri",
-    "to_png",
-]
-
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#555555")
 _DASHES = ("-", "--", "-.", ":")

@@ -16,8 +16,6 @@ from dmgen.report.page import render
 from dmgen.report.run_values import as_run, method_of
 from dmgen.target.fit import TargetFit
 
-__all__ = ["write_model_card"]
-
 
 def write_model_card(run: Run | str | Path) -> Path:
     """Write README.md and dmgen.json into the `policy/` of a finished run; return the card's path.

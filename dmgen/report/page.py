@@ -14,8 +14,6 @@ from markupsafe import Markup
 from dmgen.estimates.score import Score
 from dmgen.report import phrasing
 
-__all__ = ["Number", "render"]
-
 _HERE = Path(__file__).parent
 # XML, and so a strict reader, refuses these even when escaped; a model can write any of them.
 _UNPRINTABLE = re.compile(

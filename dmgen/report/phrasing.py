@@ -13,19 +13,6 @@ from dmgen.evaluation.verdicts import LEVEL
 from dmgen.experiment.result import Run
 from dmgen.report.run_values import Target, constraints_of
 
-__all__ = [
-    "Price",
-    "headline",
-    "number",
-    "off_target",
-    "prices",
-    "request",
-    "request_in_numbers",
-    "requests",
-    "span",
-    "verdict_reason",
-]
-
 _FRACTIONS = {0.25: "a quarter", 1 / 3: "a third", 0.5: "half", 0.75: "three quarters"}
 
 

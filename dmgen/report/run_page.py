@@ -29,8 +29,6 @@ from dmgen.report.track import Track
 from dmgen.target.fit import TargetFit
 from dmgen.target.moment_fit import MomentFit, target_text
 
-__all__ = ["write_report"]
-
 # Pairs of texts shown at once; the others unfold.
 _N_SHOWN = 8
 # With fewer hits or effective texts, the errors of a fit are not reliable.

@@ -16,22 +16,6 @@ from dmgen.evaluation.result import Evaluation
 from dmgen.evaluation.verdicts import LEVEL
 from dmgen.experiment.result import Run, StepEvaluation
 
-__all__ = [
-    "Measurement",
-    "Target",
-    "as_run",
-    "base_moments_in_common",
-    "base_of",
-    "constraints_of",
-    "evaluations_frame",
-    "last_evaluation",
-    "measurements",
-    "method_of",
-    "metrics_frame",
-    "n_drawn",
-    "targets_in_common",
-]
-
 Target = float | tuple[float, float]
 
 _DISTANCES = {

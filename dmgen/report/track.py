@@ -7,8 +7,6 @@ from dataclasses import dataclass
 
 from dmgen.evaluation.result import MomentRow
 
-__all__ = ["Mark", "Track"]
-
 
 @dataclass(frozen=True)
 class Mark:

@@ -11,8 +11,6 @@ from dmgen.constraints.feature import Feature
 from dmgen.features.config import from_config
 from dmgen.target.plain import plain
 
-__all__ = ["check_same", "constraint_of", "full_row", "row"]
-
 _DESCRIPTION = ("binary", "phrase", "noun", "config")
 
 

@@ -13,8 +13,6 @@ from torch import Tensor
 from dmgen.models.protocols import LanguageModel
 from dmgen.models.samples import Samples
 
-__all__ = ["Exact"]
-
 
 @dataclass(frozen=True, eq=False)
 class Exact:

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from dmgen.constraints.feature import Feature
 
-__all__ = ["FeatureCache"]
-
 
 class FeatureCache:
     """The values of features on texts; of the oldest texts they are forgotten.

@@ -34,8 +34,6 @@ from dmgen.target.moment_fit import MomentFit
 from dmgen.target.moments import MomentsUnreachable, fit_lambdas
 from dmgen.target.plain import plain, read_score
 
-__all__ = ["TargetFit", "fit"]
-
 _FILE = "target.json"
 _KEYS = ("constraints", "prompt", "max_new_tokens", "log_z", "base_moments")
 

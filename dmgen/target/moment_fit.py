@@ -16,8 +16,6 @@ from dmgen.estimates.score import Score
 from dmgen.table import aligned
 from dmgen.target.plain import plain
 
-__all__ = ["MomentFit", "as_array", "checked_columns", "target_text"]
-
 Array = NDArray[np.float64]
 
 

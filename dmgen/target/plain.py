@@ -12,8 +12,6 @@ from torch import Tensor
 
 from dmgen.estimates.score import Score
 
-__all__ = ["plain", "read_score"]
-
 
 def plain(value: Any) -> Any:
     """Return scores, arrays and tuples as dicts and lists, and NaN and infinities as text."""

@@ -11,8 +11,6 @@ from dmgen.estimates import weights as log_weights
 from dmgen.models.protocols import LanguageModel
 from dmgen.models.samples import Samples
 
-__all__ = ["pool"]
-
 
 def pool(
     drawn: Sequence[tuple[LanguageModel, Samples]],
