@@ -6,9 +6,10 @@ from dataclasses import replace
 import pytest
 from conftest import make_evaluation
 
-from dmgen import Moment, Pointwise, feature, features
+from dmgen import EBM, Feature, Moment, Pointwise, TabularLM, feature, features
 from dmgen.estimates.score import Score
 from dmgen.report import phrasing
+from dmgen.target.fit import TargetFit
 
 FEMALE, SPORTS = features.gender("female"), features.wordlist("sports")
 PLAIN = feature(lambda text: "x" in text, name="x", binary=True)
@@ -48,3 +49,31 @@ def test_prices_that_are_not_finite_have_a_meaning():
     meanings = [price.meaning for price in phrasing.prices(evaluation)]
     assert meanings[0] == "The policy writes texts to which the base assigns probability 0."
     assert meanings[2] == "It could not be measured."
+
+
+def test_a_family_of_the_users_own_brings_its_phrase(tmp_path):
+    """One function: its YAML form, its sentence in a report, and its name on disk."""
+
+    def rhymes(ending):
+        """Return the feature "the text ends in this syllable"."""
+        return Feature(
+            lambda text: text.endswith(ending),
+            f"rhymes with {ending}",
+            binary=True,
+            phrase=(f"rhymes with “{ending}”", f"rhyme with “{ending}”"),
+        )
+
+    (half,) = [
+        features.constraint_from_config(entry, families={"rhymes": rhymes})
+        for entry in [{"moment": {"rhymes": "oon"}, "target": 0.5}]
+    ]
+    assert phrasing.request(half) == "Half of the texts rhyme with “oon”"
+    base = TabularLM.random("on.", 4, eos=".", seed=0)
+    target = EBM.fit(base, [half], n_samples=4000, seed=0)
+    target.save(tmp_path)
+    # Its function is the user's own, so a file alone knows its words, and not its values.
+    read = TargetFit.load(tmp_path)
+    assert phrasing.request(read.constraints[0]) == phrasing.request(half)
+    loaded = EBM.load(tmp_path, base, [half])
+    assert loaded == target
+    assert str(loaded) == str(target)
