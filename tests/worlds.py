@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import dmgen
 from dmgen.models import CausalLM, Samples, TabularLM
 from dmgen.training.batch import Batch
 
@@ -199,3 +201,19 @@ def batch_of(trainer, samples, log_z=0.0, log_policy=None):
     )
     columns = trainer.setup.objective.draw_columns(trainer.state, batch, target)
     return trainer.setup.objective.prepare(trainer.state, replace(batch, tokens=columns), target)
+
+
+def config(**settings):
+    """The settings that tests of training share."""
+    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
+    return dmgen.TrainerConfig(**(defaults | settings))
+
+
+def exact_kl(target, policy):
+    """KL(p‖π) by listing every text."""
+    texts = target.base.enumerate()
+    log_score = target.log_score(texts)
+    log_p = log_score - log_score.logsumexp(0)
+    inside = log_p > -math.inf
+    terms = log_p.exp() * (log_p - policy.log_prob(texts))
+    return float(terms[inside].sum())

@@ -4,14 +4,10 @@ import json
 
 import pytest
 import torch
+from worlds import config
 
 import dmgen
 from dmgen import storage
-
-
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
 
 
 def test_averaged_weights_are_the_average_of_those_of_the_steps(base, target):

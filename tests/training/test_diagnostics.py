@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from worlds import config
 
 import dmgen
 from dmgen.models import TabularLM
@@ -48,11 +49,6 @@ def test_what_no_text_uses_counts_nothing(gpt2_lm):
     more.model.register_parameter("unused", torch.nn.Parameter(torch.ones(3)))
     samples, a = plain.sample(5, seed=3), torch.linspace(-1, 2, 5, dtype=torch.float64)
     assert gradient_variance(more, samples, a) == gradient_variance(plain, samples, a)
-
-
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
 
 
 def test_diagnostics_on_request(base, target):

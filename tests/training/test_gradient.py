@@ -4,30 +4,15 @@ import math
 
 import pytest
 import torch
-from worlds import batch_of, tiny_gpt2
+from worlds import batch_of, config, exact_kl, tiny_gpt2
 
 import dmgen
 from dmgen.training.gradient import backward, update
 
 
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
-
-
 def gradients(sampler, samples, log_z):
     backward(sampler.state, batch_of(sampler, samples, log_z), sampler.setup)
     return torch.cat([p.grad.flatten() for p in sampler.policy.parameters()])
-
-
-def exact_kl(target, policy):
-    """KL(p‖π) by listing every text."""
-    texts = target.base.enumerate()
-    log_score = target.log_score(texts)
-    log_p = log_score - log_score.logsumexp(0)
-    possible = log_p > -math.inf
-    terms = log_p.exp() * (log_p - policy.log_prob(texts))
-    return float(terms[possible].sum())
 
 
 METHODS = [

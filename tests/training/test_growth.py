@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from worlds import batch_of
+from worlds import batch_of, config
 
 import dmgen
 from dmgen.estimates.f_divergence import FDivergence
@@ -24,11 +24,6 @@ class CappedDPG(Objective):
     def advantage(self, batch):
         log_p = batch.log_score - batch.log_z
         return torch.exp(log_p - batch.log_q).clamp(max=20.0)
-
-
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
 
 
 def kl(target, policy):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 from launching import launch
-from worlds import as_table, batch_of
+from worlds import as_table, batch_of, config
 
 import dmgen
 from dmgen.training.gradient import backward as backward_of
@@ -37,11 +37,6 @@ def has_ab():
 @pytest.fixture(scope="module")
 def target(base, has_ab):
     return dmgen.EBM(base, [dmgen.Pointwise(has_ab)])
-
-
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
 
 
 # -------------------------------------------------------- the gradient, exactly, on all texts

@@ -4,27 +4,11 @@ import math
 
 import pytest
 import torch
-from worlds import as_table, batch_of
+from worlds import as_table, batch_of, config, exact_kl
 
 import dmgen
 from dmgen.estimates.running_z import RunningZ
 from dmgen.training.batch import Batch
-
-
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
-
-
-def exact_kl(target, policy):
-    """KL(p‖π) by listing every text."""
-    texts = target.base.enumerate()
-    log_score = target.log_score(texts)
-    log_p = log_score - log_score.logsumexp(0)
-    possible = log_p > -math.inf
-    terms = log_p.exp() * (log_p - policy.log_prob(texts))
-    return float(terms[possible].sum())
-
 
 MATCHING = [dmgen.DPG, dmgen.GDC, dmgen.GDCpp, dmgen.FDPG, dmgen.VarGrad]
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from worlds import config
 
 import dmgen
 from dmgen.constraints.constraint import Moment, Pointwise
@@ -371,11 +372,6 @@ def test_everything_is_float64_even_from_float32():
     args = [torch.full((2,), -1.0, dtype=torch.float32) for _ in range(3)]
     for method in ("gdc", "gdc++", "fdpg"):
         assert advantage(method, *args, 0.0, divergence="js").dtype == torch.float64
-
-
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
 
 
 def test_gdc_does_not_need_log_policy_however_improbable_a_text_is():

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from worlds import as_table
+from worlds import as_table, config, exact_kl
 
 import dmgen
 from dmgen.training.distributed import Processes
@@ -101,21 +101,6 @@ def test_a_copy_in_one_block_is_a_copy(llama_lm):
     copied.load_state_dict(policy.state_dict())
     assert torch.equal(copied.log_prob(samples), policy.log_prob(samples))
     assert {p.untyped_storage().data_ptr() for p in copied.parameters()} == blocks
-
-
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
-
-
-def exact_kl(target, policy):
-    """KL(p‖π) by listing every text."""
-    texts = target.base.enumerate()
-    log_score = target.log_score(texts)
-    log_p = log_score - log_score.logsumexp(0)
-    possible = log_p > -math.inf
-    terms = log_p.exp() * (log_p - policy.log_prob(texts))
-    return float(terms[possible].sum())
 
 
 def test_the_proposal_follows_the_policy_only_when_it_is_closer(base, target):

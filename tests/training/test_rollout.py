@@ -5,25 +5,11 @@ import math
 
 import pytest
 import torch
+from worlds import config, exact_kl
 
 import dmgen
 from dmgen.training import objectives
 from dmgen.training.trainer import Trainer
-
-
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
-
-
-def exact_kl(target, policy):
-    """KL(p‖π) by listing every text."""
-    texts = target.base.enumerate()
-    log_score = target.log_score(texts)
-    log_p = log_score - log_score.logsumexp(0)
-    possible = log_p > -math.inf
-    terms = log_p.exp() * (log_p - policy.log_prob(texts))
-    return float(terms[possible].sum())
 
 
 def test_fit_samples_serve_as_first_batches(base, target):

@@ -1,27 +1,12 @@
 """The step size that follows the KL divergence of each step."""
 
 import dataclasses
-import math
 
 import pytest
 import torch
+from worlds import config, exact_kl
 
 import dmgen
-
-
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
-
-
-def exact_kl(target, policy):
-    """KL(p‖π) by listing every text."""
-    texts = target.base.enumerate()
-    log_score = target.log_score(texts)
-    log_p = log_score - log_score.logsumexp(0)
-    possible = log_p > -math.inf
-    terms = log_p.exp() * (log_p - policy.log_prob(texts))
-    return float(terms[possible].sum())
 
 
 @pytest.mark.parametrize("wanted", [1e-3, 1e-2])

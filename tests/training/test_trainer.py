@@ -5,13 +5,9 @@ import math
 import pandas as pd
 import pytest
 import torch
+from worlds import config
 
 import dmgen
-
-
-def config(**settings):
-    defaults = {"batch_size": 256, "learning_rate": 0.05, "warmup_steps": 5, "seed": 3}
-    return dmgen.TrainerConfig(**(defaults | settings))
 
 
 def test_two_calls_are_one(base, target):
