@@ -8,18 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from laws import is_calibrated
 
 from dmgen.target.moments import MomentsUnreachable, fit_lambdas
 
 INF = math.inf
 REPEATS = 400
 BINARY = np.array([[0.0], [1.0]])
-
-
-def is_calibrated(z):
-    """Whether z-scores have mean 0 and sd 1 up to five of their own standard errors."""
-    z = np.asarray(z)
-    return abs(z.mean()) < 5 / math.sqrt(len(z)) and abs(z.std() - 1) < 5 / math.sqrt(2 * len(z))
 
 
 def tilted(phi, log_w, lambdas):
