@@ -311,3 +311,11 @@ def test_the_error_of_a_condition_is_that_of_the_texts_with_it():
     alone = factor.constraint_mean(moment, values)
     assert (alone.value, alone.n) == (3.0, 1)
     assert math.isnan(alone.stderr)  # one text shows no spread
+
+
+def test_a_condition_that_no_text_meets_is_refused_for_a_mean_of_0_too(world):
+    """No value is seen, which is not a value of 0."""
+    never = feature(lambda text: False, name="never")
+    signed = feature(lambda text: len(text) - 2.0, name="signed length")
+    with pytest.raises(MomentsUnreachable, match="'never' holds for 0 of"):
+        EBM.fit(world, [Moment(signed, 0.0, given=never)], n_samples=500, seed=0)
