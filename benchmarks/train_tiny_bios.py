@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import math
 import os
 import platform
 import re
@@ -29,6 +28,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -88,7 +88,9 @@ def make_rows(paragraphs: list[str], tokenizer: PreTrainedTokenizerFast, window:
 def loss_of(model: torch.nn.Module, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the summed cross-entropy in nats and the number of predicted tokens."""
     inputs, labels = rows[:, :-1].clamp(min=0), rows[:, 1:]
-    logits = model(input_ids=inputs, use_cache=False).logits.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(input_ids=inputs, use_cache=False).logits
+    logits = logits.float()
     total = torch.nn.functional.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), ignore_index=-1, reduction="sum"
     )
@@ -101,45 +103,68 @@ def valid_loss(model: torch.nn.Module, rows: torch.Tensor) -> float:
     return float(sum(s for s, _ in sums) / sum(n for _, n in sums))
 
 
-def learning_rate(step: int, n_steps: int, peak: float, warmup: int = 200) -> float:
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, n_steps - warmup)
-    return peak * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+def learning_rate(step: int, n_steps: int, peak: float, warmup: int = 100) -> float:
+    """Return a constant rate after the warm-up, and a linear decay to 0 over the last 30 %."""
+    decay = (n_steps - step) / (0.3 * n_steps)
+    return peak * max(0.0, min(1.0, (step + 1) / warmup, decay))
+
+
+class Optimizers:
+    """Muon for the matrices of the layers, AdamW for embeddings, biases and norms."""
+
+    def __init__(self, model: GPT2LMHeadModel) -> None:
+        layers = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+        matrices = {id(p) for p in layers}
+        others = [p for p in model.parameters() if id(p) not in matrices]
+        muon = torch.optim.Muon(layers, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")
+        adamw = torch.optim.AdamW(others, betas=(0.9, 0.95), weight_decay=0.05)
+        self.named: dict[str, torch.optim.Optimizer] = {"muon": muon, "adamw": adamw}
+
+    def step(self, rate: float) -> None:
+        for optimizer in self.named.values():
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{name}.{i}.{key}": value.contiguous()
+            for name, optimizer in self.named.items()
+            for i, moments in optimizer.state_dict()["state"].items()
+            for key, value in moments.items()
+        }
+
+    def load(self, tensors: dict[str, torch.Tensor]) -> None:
+        for name, optimizer in self.named.items():
+            state: dict[int, dict[str, torch.Tensor]] = {}
+            for key in (k for k in tensors if k.startswith(name + ".")):
+                _, i, moment = key.split(".")
+                state.setdefault(int(i), {})[moment] = tensors[key]
+            groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def save_checkpoint(
-    folder: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer, state: dict
+    folder: Path, model: GPT2LMHeadModel, optimizers: Optimizers, state: dict
 ) -> None:
     tensors = {f"model.{k}": v.contiguous() for k, v in model.state_dict().items()}
     tensors.pop("model.lm_head.weight")  # tied to the embedding
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{i}.{k}": v.contiguous() for k, v in moments.items()}
+    tensors |= optimizers.tensors()
     save_file(tensors, folder / "checkpoint.tmp", metadata={"state": json.dumps(state)})
     os.replace(folder / "checkpoint.tmp", folder / "checkpoint.safetensors")
 
 
-def load_checkpoint(
-    folder: Path, model: GPT2LMHeadModel, optimizer: torch.optim.Optimizer
-) -> dict | None:
+def load_checkpoint(folder: Path, model: GPT2LMHeadModel, optimizers: Optimizers) -> dict | None:
     path = folder / "checkpoint.safetensors"
     if not path.exists():
         return None
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as f:
         state = json.loads(f.metadata()["state"])
     tensors = load_file(path)
     weights = {k[6:]: v for k, v in tensors.items() if k.startswith("model.")}
     model.load_state_dict(weights, strict=False)
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, i, name = key.split(".")
-            moments.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict(
-        {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    optimizers.load(tensors)
     return state
 
 
@@ -151,6 +176,7 @@ def build_model(args: argparse.Namespace, eos: int) -> GPT2LMHeadModel:
         n_embd=args.width,
         n_layer=args.layers,
         n_head=args.width // 32,
+        activation_function="gelu_pytorch_tanh",
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
@@ -167,12 +193,12 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="biographies.jsonl.gz")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--vocab-size", type=int, default=3072)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocab-size", type=int, default=6144)
     parser.add_argument("--window", type=int, default=64, help="tokens of context")
-    parser.add_argument("--tokens", type=float, default=30e6, help="training budget in tokens")
-    parser.add_argument("--batch-size", type=int, default=64, help="rows a step")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak; cosine decay")
+    parser.add_argument("--tokens", type=float, default=22e6, help="training budget in tokens")
+    parser.add_argument("--batch-size", type=int, default=128, help="rows a step")
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="peak; then linear to 0")
     parser.add_argument("--patience", type=int, default=5, help="valid checks without a gain")
     parser.add_argument("--checkpoint-minutes", type=float, default=3.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the model")
@@ -195,8 +221,8 @@ def main() -> None:
     print(f"{len(rows):,} rows of {tokens_a_row:.1f} tokens, {n_params:,} parameters")
     print(f"{n_steps:,} steps")
 
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), weight_decay=0.05)
-    state = load_checkpoint(args.out, model, optimizer) or {
+    optimizers = Optimizers(model)
+    state = load_checkpoint(args.out, model, optimizers) or {
         "step": 0, "tokens": 0, "seconds": 0.0, "best": float("inf"), "since_best": 0, "log": [],
     }  # fmt: skip
     forward = torch.compile(model) if args.compile else model
@@ -209,13 +235,10 @@ def main() -> None:
         epoch, at = divmod(step * args.batch_size, len(rows) - args.batch_size)
         order = np.random.default_rng([args.seed, epoch]).permutation(len(rows))
         batch = rows[order[at : at + args.batch_size]].long()
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, n_steps, args.learning_rate)
         total, n = loss_of(forward, batch)
         (total / n).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizers.step(learning_rate(step, n_steps, args.learning_rate))
         running.append(float(total.detach()) / int(n))
         state["step"] += 1
         state["tokens"] += int(n)
@@ -231,7 +254,7 @@ def main() -> None:
                 state["best"] = loss
                 model.save_pretrained(args.out)
         if time.monotonic() - last_saved > 60 * args.checkpoint_minutes:
-            save_checkpoint(args.out, model, optimizer, state)
+            save_checkpoint(args.out, model, optimizers, state)
             last_saved = time.monotonic()
 
     record = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()} | {

@@ -16,6 +16,7 @@ from dmgen.models.hf.fast_attention import use_fast_attention
 from dmgen.models.hf.fast_layers import use_fast_layers
 from dmgen.models.hf.loading import default_device, load
 from dmgen.models.hf.precision import autocast, keep_states_wide
+from dmgen.models.protocols import Guide
 from dmgen.models.random_draws import uniforms
 from dmgen.models.samples import Samples, check_log_prob, mask_until_eos
 from dmgen.validation import check_choice, check_integer
@@ -142,6 +143,25 @@ class CausalLM:
         """Return the device of the weights."""
         return next(self.model.parameters()).device  # type: ignore[no-any-return]
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids that the model assigns probabilities to."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text."""
+        return int(self.tokenizer.eos_token_id)
+
+    @property
+    def output_layer(self) -> Any | None:
+        """The linear map from hidden states to logits; None if the model changes its logits."""
+        return batching.linear_head(self.model) if self.chunked_head else None
+
+    def decode(self, tokens: Tensor, shown: Tensor) -> list[str]:
+        """Return the text of the shown tokens of each row, both `(N, T)`, without special ones."""
+        return tokenization.texts_of(self.tokenizer, tokens, shown)
+
     def sample(
         self,
         n: int,
@@ -151,10 +171,12 @@ class CausalLM:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
+        guide: Guide | None = None,
     ) -> Samples:
         """Draw `n` texts after one prompt, see `Sampler.sample`.
 
-        Log-probabilities come from the logits that each token was drawn from.
+        Log-probabilities come from the logits that each token was drawn from. `guide` changes
+        those of each next token, see `protocols.Guide`.
 
         Raises:
             ValueError: the prompt and the text do not fit the model's context, both `seed` and
@@ -169,7 +191,7 @@ class CausalLM:
         eos = self.tokenizer.eos_token_id
         with torch.no_grad(), autocast(self.device, self.dtype):
             parts = [
-                decode(self.model, start, part.to(self.device), eos)
+                decode(self.model, start, part.to(self.device), eos, guide)
                 for part in torch.split(u, size)
             ]
         tokens = torch.cat([p[0] for p in parts]).cpu()
@@ -244,6 +266,33 @@ class CausalLM:
             return torch.where(mask.unsqueeze(-1), hidden, 0.0)
 
         return self._in_passes(samples, batch_size, grad, (width,), states)
+
+    def vocabulary_log_prob(
+        self, samples: Samples, *, hidden: Tensor | None = None, grad: bool = False
+    ) -> Tensor:
+        """Return the log-probability of every token of the vocabulary at each position.
+
+        It takes memory for N · T · V numbers, so it is for few texts.
+
+        Args:
+            samples: texts whose tokens are read.
+            hidden: the `hidden_states` of the same samples, which saves a forward pass unless the
+                model changes its logits.
+            grad: keep the graph.
+
+        Returns:
+            float32 `(N, T, V)`, nats; arbitrary where masked.
+        """
+        with torch.set_grad_enabled(grad), autocast(self.device, self.dtype):
+            if hidden is not None and self.output_layer is not None:
+                logits = self.output_layer(hidden.to(self.device))
+            else:
+                start = tokenization.start_ids(
+                    self.model, self.tokenizer, samples.prompts[0], samples.tokens.shape[1]
+                )
+                logits = scoring.logits(self.model, start, samples.tokens.to(self.device))
+        log_prob = logits.float().log_softmax(-1)
+        return log_prob if grad else log_prob.cpu()
 
     def embed(self, texts: Sequence[str], *, batch_size: int | None = None) -> Tensor:
         """Return the mean last hidden state over the tokens of each text.

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from dmgen.models.samples import Samples
+
+# From the tokens of texts so far `(n, t)`, the states before the next token `(n, D)` and its logits
+# `(n, V)` to other logits `(n, V)`.
+Guide = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @runtime_checkable
@@ -91,4 +95,28 @@ class LanguageModel(Sampler, Protocol):
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
         """Yield the trainable parameters."""
+        ...
+
+
+class TokenModel(LanguageModel, Protocol):
+    """A language model whose distribution over each next token can be read and changed.
+
+    Attributes:
+        vocab_size: the number of ids.
+        eos_id: the id that ends a text, or None.
+        output_layer: the linear map from hidden states to logits, or None if there is none.
+    """
+
+    vocab_size: int
+    eos_id: int | None
+    output_layer: Any | None
+
+    def decode(self, tokens: Tensor, shown: Tensor) -> list[str]:
+        """Return the text of the shown tokens of each row, both `(N, T)`."""
+        ...
+
+    def vocabulary_log_prob(
+        self, samples: Samples, *, hidden: Tensor | None = None, grad: bool = False
+    ) -> Tensor:
+        """Return the log-probability of every token at each position, `(N, T, V)`, nats."""
         ...

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from dmgen.models.protocols import Guide
 from dmgen.models.random_draws import draw_tokens, uniforms
 from dmgen.models.samples import Samples, check_log_prob, mask_until_eos
 
@@ -67,6 +69,37 @@ class TabularLM:
         logits = torch.randn(n_prefixes, v, generator=generator, dtype=torch.float64)
         return cls(vocab, scale * logits, max_new_tokens, eos=eos)
 
+    @property
+    def vocab_size(self) -> int:
+        """The number of tokens."""
+        return len(self.vocab)
+
+    @property
+    def eos_id(self) -> int | None:
+        """The id that ends a text, or None."""
+        return None if self.eos is None else self._eos_id
+
+    # Its logits are a row of the table, not a linear map of a state.
+    output_layer = None
+
+    def decode(self, tokens: Tensor, shown: Tensor) -> list[str]:
+        """Return the text of the shown tokens of each row, both `(N, T)`, without the EOS."""
+        shown = shown & (tokens != self._eos_id)
+        return [
+            "".join(self.vocab[token] for token, keep in zip(row, kept, strict=True) if keep)
+            for row, kept in zip(tokens.tolist(), shown.tolist(), strict=True)
+        ]
+
+    def vocabulary_log_prob(
+        self, samples: Samples, *, hidden: Tensor | None = None, grad: bool = False
+    ) -> Tensor:
+        """Return the log-probability of every token at each position, `(N, T, V)`, nats."""
+        tokens = samples.tokens[:, : self.max_new_tokens].masked_fill(
+            ~samples.mask[:, : self.max_new_tokens], 0
+        )
+        with torch.set_grad_enabled(grad):
+            return self.logits.log_softmax(-1)[self._prefix_rows(tokens)]
+
     def sample(
         self,
         n: int,
@@ -76,17 +109,29 @@ class TabularLM:
         seed: int | None = None,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
+        guide: Guide | None = None,
     ) -> Samples:
-        """Draw `n` texts, see `Sampler.sample`; a prompt is refused, `batch_size` has no effect."""
+        """Draw `n` texts, see `Sampler.sample`; a prompt is refused, `batch_size` has no effect.
+
+        `guide` changes the logits of each next token, see `protocols.Guide`.
+        """
         self._refuse_prompt(prompt)
         length = self._length(max_new_tokens)
         u = uniforms(n, length, seed=seed, generator=generator)
         tokens = torch.zeros(n, length, dtype=torch.long)
+        log_prob, unfinished = torch.zeros(n, dtype=torch.float64), torch.ones(n, dtype=torch.bool)
         with torch.no_grad():
             for t in range(length):
                 rows = self._prefix_rows(tokens)[:, t]
-                tokens[:, t], _ = draw_tokens(self.logits[rows], u[:, t])
-        return self._finish(tokens)
+                logits = self.logits[rows]
+                if guide is not None:
+                    states = torch.nn.functional.one_hot(rows, len(self.logits)).double()
+                    logits = guide(tokens[:, :t], states, logits)
+                tokens[:, t], drawn = draw_tokens(logits, u[:, t])
+                log_prob += torch.where(unfinished, drawn, 0.0)
+                unfinished &= tokens[:, t] != self._eos_id
+        samples = self._finish(tokens)
+        return samples if guide is None else replace(samples, log_prob=log_prob)
 
     def enumerate(self, max_new_tokens: int | None = None) -> Samples:
         """Return every text once, with its exact log-probability."""
@@ -200,9 +245,5 @@ class TabularLM:
         mask = mask_until_eos(tokens, self._eos_id)
         with torch.no_grad():
             log_prob = self._token_log_prob(tokens, mask).sum(-1)
-        shown = mask & (tokens != self._eos_id)
-        texts = [
-            "".join(self.vocab[token] for token, keep in zip(row, kept, strict=True) if keep)
-            for row, kept in zip(tokens.tolist(), shown.tolist(), strict=True)
-        ]
+        texts = self.decode(tokens, mask)
         return Samples(tokens, mask, log_prob, texts, [""] * len(texts))

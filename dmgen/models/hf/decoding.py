@@ -10,11 +10,16 @@ from torch import Tensor
 
 from dmgen.models.hf.batching import round_up_rows
 from dmgen.models.hf.kv_cache import buffered_cache
+from dmgen.models.protocols import Guide
 from dmgen.models.random_draws import draw_tokens
 
 
-def decode(model: Any, start: Tensor, u: Tensor, eos: int) -> tuple[Tensor, Tensor]:
+def decode(
+    model: Any, start: Tensor, u: Tensor, eos: int, guide: Guide | None = None
+) -> tuple[Tensor, Tensor]:
     """Draw texts that follow the ids `start`, `(L,)`, from uniforms `u`, float64 `(n, T)`.
+
+    `guide` changes the logits of each next token.
 
     Return tokens, long `(n, T)`, `eos` after the end, and log-probabilities, float64 `(n,)`, nats.
     """
@@ -23,6 +28,8 @@ def decode(model: Any, start: Tensor, u: Tensor, eos: int) -> tuple[Tensor, Tens
     log_prob = torch.zeros(n, dtype=torch.float64, device=u.device)
     cache = buffered_cache(model.config, len(start) + length)
     past = {cache_argument(model): cache, "use_cache": True, "logits_to_keep": 1}
+    if guide is not None:
+        past["output_hidden_states"] = True
     if len(start) > 1:
         # All texts share the prompt, so it is read once.
         model(start[None, :-1], **past)
@@ -32,7 +39,10 @@ def decode(model: Any, start: Tensor, u: Tensor, eos: int) -> tuple[Tensor, Tens
     inputs = start[-1:].expand(n, -1)
     for t in range(length):
         out = model(inputs, **past)
-        drawn, drawn_log_prob = draw_tokens(out.logits[:, -1], u[rows, t])
+        logits = out.logits[:, -1]
+        if guide is not None:
+            logits = guide(tokens[rows, :t], out.hidden_states[-1][:, -1], logits)
+        drawn, drawn_log_prob = draw_tokens(logits, u[rows, t])
         # Finished texts that are still in the batch keep their EOS.
         drawn = torch.where(unfinished, drawn, eos)
         tokens[rows, t] = drawn

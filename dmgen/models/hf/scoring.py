@@ -26,10 +26,16 @@ def score(model: Any, start: Tensor, tokens: Tensor, mask: Tensor, *, chunked: b
     """
     if chunked and linear_head(model) is not None:
         return score_states(model, states(model, start, tokens), tokens, mask)
-    logits = model(_inputs(start, tokens), use_cache=False, logits_to_keep=tokens.shape[1]).logits
-    logits = logits.float()
-    chosen = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return torch.where(mask, chosen - logits.logsumexp(-1), 0.0)
+    lifted = logits(model, start, tokens).float()
+    chosen = lifted.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return torch.where(mask, chosen - lifted.logsumexp(-1), 0.0)
+
+
+def logits(model: Any, start: Tensor, tokens: Tensor) -> Tensor:
+    """Return the model's own logits before each token, `(n, T, V)`."""
+    length = tokens.shape[1]
+    result: Tensor = model(_inputs(start, tokens), use_cache=False, logits_to_keep=length).logits
+    return result
 
 
 def score_states(model: Any, hidden: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
