@@ -26,6 +26,10 @@ class Batch:
         log_z: log Z of each text's prompt, `(N,)`, nats.
         reward: reward of each text, `(N,)`, for objectives that maximise one.
         tokens: the objective's token columns `(N, T)` by name, 0 after the end of a text.
+        sources: the models of the mixture that this process's texts were drawn from, each with its
+            fraction.
+        base: the target's base, for objectives that read its states.
+        base_hidden: the base's states before each token of this process's texts, `(n, T, D)`.
         first: row of this process's first text.
         is_new: whether the weights have not been counted in the running Z yet.
         from_proposal: whether the texts were drawn from the current proposal.
@@ -40,6 +44,9 @@ class Batch:
     log_z: Tensor | None = None
     reward: Tensor | None = None
     tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    sources: tuple[tuple[Any, float], ...] = ()
+    base: Any = None
+    base_hidden: Tensor | None = None
     first: int = 0
     is_new: bool = True
     from_proposal: bool = True
@@ -53,7 +60,7 @@ class Batch:
         columns: dict[str, Any] = {"first": 0}
         for name in (f.name for f in fields(self)):
             value = getattr(self, name)
-            if isinstance(value, Samples):
+            if isinstance(value, Samples) or (name == "base_hidden" and value is not None):
                 columns[name] = value[rows - self.first]
             elif isinstance(value, Tensor):
                 columns[name] = value[rows]

@@ -12,7 +12,9 @@ from dmgen.validation import check_choice, check_integer, check_number
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
-PROPOSAL_RULES = ("policy", "kl", "tv", "never")
+PROPOSAL_RULES = ("policy", "kl", "tv", "never", "guided")
+CREDITS = ("text", "token")
+ANCHORS = ("policy", "base", "value")
 # Annotations of the settings, as written, and what they accept.
 _TYPES = {
     "int": Integral,
@@ -49,6 +51,12 @@ class TrainerConfig:
             last weights.
         baseline: the factor κ of π/q that the advantage subtracts: a name (see
             `objectives.advantage`), a `Baseline` of the user's own, or None for the method's.
+        credit: "text" gives every token of a text the weight of the text; "token" gives each token
+            what a prefix value did not foresee, see `credit.TokenCredit`, which takes out most of
+            the gradient's variance. The value is fitted when the trainer is made.
+        anchor: of credit "token": the distribution that every token is pulled to over the whole
+            vocabulary, "value" for the guided base, "base", or "policy" for no such pull.
+        gae_lambda: λ of credit "token", in [0, 1]: 1 is unbiased, 0 trusts the prefix value.
         reuse: gradient steps on each batch; those after the first are weighted by the policy at
             that step.
         base_share: fraction of each batch that is drawn from the base whatever the proposal is,
@@ -56,7 +64,8 @@ class TrainerConfig:
         proposal_every: steps between tests of the proposal.
         proposal_rule: "policy" draws from the policy itself; "kl" and "tv" from a frozen copy that
             is replaced when the policy is measurably closer to the target; "never" from the base,
-            or the `proposal` of the trainer; None is the method's own rule.
+            or the `proposal` of the trainer; "guided" from the base guided by the prefix value of
+            credit "token"; None is the method's own rule.
         first_batches_from_fit: use the texts that λ was fitted on, which are drawn and scored
             already, as the first batches.
         checkpoint_every: steps between checkpoints; None: only when `train` ends.
@@ -84,6 +93,9 @@ class TrainerConfig:
     max_grad_norm: float | None = None
     average_decay: float | None = None
     baseline: str | Baseline | None = None
+    credit: str = "text"
+    anchor: str = "value"
+    gae_lambda: float = 1.0
     reuse: int = 1
     base_share: float = 0.0
     proposal_every: int = 10
@@ -115,6 +127,9 @@ class TrainerConfig:
             check_number("average_decay", self.average_decay, above=0, below=1)
         if self.max_grad_norm is not None:
             check_number("max_grad_norm", self.max_grad_norm, above=0)
+        check_number("gae_lambda", self.gae_lambda, least=0, most=1)
+        check_choice("credit", self.credit, CREDITS)
+        check_choice("anchor", self.anchor, ANCHORS)
         check_choice("optimizer", self.optimizer, OPTIMIZERS)
         check_choice("schedule", self.schedule, SCHEDULES)
         check_choice("proposal_rule", self.proposal_rule, (None, *PROPOSAL_RULES))
@@ -124,6 +139,10 @@ class TrainerConfig:
 
     def _check_combinations(self) -> None:
         """Refuse settings that do not go with one another."""
+        if self.proposal_rule == "guided" and self.credit == "text":
+            raise ValueError(
+                'proposal_rule "guided" draws with the prefix value of credit "token": set credit'
+            )
         if self.base_share and not 0 < self.n_base < self.batch_size:
             raise ValueError(
                 f"base_share {self.base_share} of a batch of {self.batch_size} is {self.n_base} "

@@ -40,6 +40,9 @@ class Rollout:
         setup = self.setup
         local = self._from_fit(state) or self._from_models(state)
         target, gather = setup.target, setup.processes.gather
+        if "base_hidden" in setup.objective.needs:
+            hidden = target.base.hidden_states(local.texts)
+            local = replace(local, base=target.base, base_hidden=hidden)
         tokens = setup.objective.draw_columns(state, local, target)
         if "log_base" in tokens:
             local = replace(local, log_base=tokens["log_base"].sum(-1))
@@ -69,6 +72,7 @@ class Rollout:
             samples.log_prob,
             samples,
             log_base=samples.log_prob,
+            sources=((setup.target.base, 1.0),),
             is_new=False,  # the running Z began with the texts of the fit
             # They are the base's, whatever the proposal is.
             from_proposal=setup.proposal(state) is setup.target.base,
@@ -95,6 +99,7 @@ class Rollout:
             samples,
             log_base=log_q if proposal is target.base else None,
             log_policy=log_q if proposal is state.policy else None,
+            sources=((proposal, 1.0),),
         )
 
     def _mixture(
@@ -110,7 +115,11 @@ class Rollout:
         log_q = log_mixture_with_base(log_proposal, log_base, fraction)
         samples = replace(Samples.cat([s for _, s in drawn]), log_prob=log_q)
         return Batch(
-            log_q, samples, log_base=log_base, log_policy=log_proposal if on_policy else None
+            log_q,
+            samples,
+            log_base=log_base,
+            log_policy=log_proposal if on_policy else None,
+            sources=((proposal, 1 - fraction), (base, fraction)),
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from dmgen.target.ebm import EBM
 from dmgen.training.config import TrainerConfig
+from dmgen.training.credit import with_credit
 from dmgen.training.distributed import Processes
 from dmgen.training.objective import Objective
 from dmgen.training.state import TrainState
@@ -45,7 +46,7 @@ class Setup:
             first = proposal
         processes = Processes.here(next(iter(policy.parameters())).device)
         processes.rows(config.batch_size)  # refuses a batch that cannot be divided
-        chosen = objective.with_baseline(config.baseline)
+        chosen = with_credit(objective, config).with_baseline(config.baseline)
         return cls(target, chosen, config, first, rule, processes)
 
     @property

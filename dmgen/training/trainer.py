@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ from tqdm.auto import tqdm
 
 from dmgen.estimates.running_z import RunningZ
 from dmgen.evaluation.evaluate import evaluate
+from dmgen.models.guided import GuidedLM
 from dmgen.models.random_draws import stream
 from dmgen.target.ebm import EBM
+from dmgen.target.prefix_value import PrefixValue
 from dmgen.training import checkpoint, run_folder
 from dmgen.training.averaging import hide_average, show_average, shown_average
 from dmgen.training.config import TrainerConfig
@@ -65,7 +68,10 @@ class Trainer:
         if not trainable or policy is target.base:
             raise ValueError("the policy has no trainable weights: use policy = base.copy()")
         self.setup = Setup.of(policy, target, config, objective, proposal)
-        own_state = objective.init(policy, target)
+        own_state = self.setup.objective.init(policy, target)
+        if self.setup.proposal_rule == "guided":
+            guided = GuidedLM(target.base, PrefixValue.from_tensors(own_state))
+            self.setup = replace(self.setup, first_proposal=guided)
         trained = [x for x in own_state.values() if isinstance(x, torch.nn.Parameter)]
         is_auto = config.learning_rate == "auto"
         z = RunningZ.from_score(target.log_z)
