@@ -50,6 +50,7 @@ class PolicyConfig:
         adapter: None for all weights, "lora" for those of a low-rank adapter alone.
         rank: rank of the adapter, at least 1.
         alpha: scale of the adapter times its rank, positive.
+        last_layers: train this many of the last layers and the output layer alone; None for all.
 
     Raises:
         ValueError: a value is out of its range, or belongs to an adapter where there is none.
@@ -58,8 +59,13 @@ class PolicyConfig:
     adapter: str | None = None
     rank: int = 8
     alpha: float = 16.0
+    last_layers: int | None = None
 
     def __post_init__(self) -> None:
+        if self.last_layers is not None:
+            check_integer("last_layers", self.last_layers, least=0)
+            if self.adapter is not None:
+                raise ValueError("give adapter or last_layers, not both")
         check_choice("adapter", self.adapter, (None, "lora"))
         check_integer("rank", self.rank, least=1)
         check_number("alpha", self.alpha, above=0)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmgen.models.hf import batching, lora, probes, scoring, tokenization
+from dmgen.models.hf import batching, lora, partial, probes, scoring, tokenization
 from dmgen.models.hf.decoding import decode
 from dmgen.models.hf.fast_attention import use_fast_attention
 from dmgen.models.hf.fast_layers import use_fast_layers
@@ -291,7 +291,7 @@ class CausalLM:
                     self.model, self.tokenizer, samples.prompts[0], samples.tokens.shape[1]
                 )
                 logits = scoring.logits(self.model, start, samples.tokens.to(self.device))
-        log_prob = logits.float().log_softmax(-1)
+        log_prob: Tensor = logits.float().log_softmax(-1)
         return log_prob if grad else log_prob.cpu()
 
     def embed(self, texts: Sequence[str], *, batch_size: int | None = None) -> Tensor:
@@ -312,7 +312,13 @@ class CausalLM:
         return (states * averaged.unsqueeze(-1)).sum(1) / averaged.sum(1, keepdim=True)
 
     def copy(
-        self, *, adapter: str | None = None, rank: int = 8, alpha: float = 16.0, seed: int = 0
+        self,
+        *,
+        adapter: str | None = None,
+        rank: int = 8,
+        alpha: float = 16.0,
+        seed: int = 0,
+        last_layers: int | None = None,
     ) -> CausalLM:
         """Return an independent trainable copy with float32 weights that computes in `dtype`.
 
@@ -326,6 +332,8 @@ class CausalLM:
             rank: rows of A in a new adapter, at least 1.
             alpha: scale of a new adapter, above 0.
             seed: seed of A.
+            last_layers: train only this many of the last layers, the norm after them and the output
+                layer (with the embedding, if they are tied); None trains all weights.
 
         Raises:
             ImportError: peft is not installed.
@@ -336,6 +344,8 @@ class CausalLM:
             raise ValueError(f'adapter must be None or "lora", got {adapter!r}')
         if adapter is None and (rank, alpha, seed) != (8, 16.0, 0):
             raise ValueError('rank, alpha and seed are of an adapter: say adapter="lora"')
+        if last_layers is not None and (adapter or self.has_adapter):
+            raise ValueError("last_layers is for a copy without an adapter: give one of them")
         other = copy.copy(self)
         if adapter == "lora":
             other.model = lora.attach(self.model, rank=rank, alpha=alpha, seed=seed)
@@ -343,7 +353,12 @@ class CausalLM:
         elif self.has_adapter:
             other.model = lora.duplicate(self.model)
         else:
-            other.model = copy.deepcopy(self.model).float().requires_grad_(True)
+            trained = set(self._trainable())
+            other.model = copy.deepcopy(self.model).float()
+            if last_layers is not None:
+                trained = partial.names_of_last(other.model, last_layers)
+            for name, parameter in other.model.named_parameters():
+                parameter.requires_grad_(name in trained)
         return other
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -370,9 +385,10 @@ class CausalLM:
         self.tokenizer.save_pretrained(folder)
 
     def _trainable(self) -> dict[str, torch.nn.Parameter]:
-        """Return the weights of the adapter, or all weights without an adapter, by name."""
+        """Return the weights that are trained by name; all of a model that is frozen."""
         every = dict(self.model.named_parameters())
-        return {k: p for k, p in every.items() if not self.has_adapter or ".lora_" in k}
+        trained = {k: p for k, p in every.items() if p.requires_grad}
+        return trained or every
 
     def _in_passes(
         self,

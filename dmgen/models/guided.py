@@ -14,7 +14,10 @@ from dmgen.models.samples import Samples
 class NextTokenValue(Protocol):
     """Log-values of the texts that each next token would make, see `target.PrefixValue`."""
 
-    candidates: Tensor
+    @property
+    def candidates(self) -> Tensor:
+        """Ids of the C tokens with a value of their own."""
+        ...
 
     def log_values(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """Return `(N, T, C + 1)` for tokens `(N, T)` and the states before them `(N, T, D)`."""

@@ -34,12 +34,8 @@ def fit(
     """Return the fields of `PrefixValue`, see `PrefixValue.fit`."""
     check_integer("n_texts", n_texts, least=2)
     check_integer("n_heldout", n_heldout, least=0)
-    texts, base = target.fit_samples, target.base
-    if texts is None or target.log_z is None:
-        raise ValueError(
-            "a prefix value is fitted on the texts that λ was fitted on, and this target has none: "
-            "make it by EBM.fit(base, ...) without a proposal"
-        )
+    texts = texts_of_fit(target)
+    base: Any = target.base
     generator = stream("prefix value", seed)
     low, high, share = _scaled_factor(target, texts)
     used, weights = _thinned(share[: len(texts) - n_heldout], n_texts, generator)
@@ -55,18 +51,26 @@ def fit(
         zero = sums["token_effects"].new_zeros(1, _K)
         result["token_effects"] = torch.cat([sums["token_effects"], zero])
     result["bounds"] = torch.tensor([low, high])
-    result["log_z"] = torch.tensor(target.log_z.value, dtype=torch.float64)
+    log_z = math.nan if target.log_z is None else target.log_z.value
+    result["log_z"] = torch.tensor(log_z, dtype=torch.float64)
     sizes = [base.vocab_size, target.max_new_tokens, -1 if eos is None else eos]
     result["sizes"] = torch.tensor(sizes)
     return result
 
 
-def heldout_inputs(
-    target: EBM, n_heldout: int, bounds: Tensor
-) -> tuple[Samples, Tensor, Tensor]:
+def texts_of_fit(target: EBM) -> Samples:
+    """Return the base's texts that λ was fitted on, or raise ValueError if there are none."""
+    if target.fit_samples is None:
+        raise ValueError(
+            "a prefix value is fitted on the texts that λ was fitted on, and this target has none: "
+            "make it by EBM.fit(base, ...) without a proposal"
+        )
+    return target.fit_samples
+
+
+def heldout_inputs(target: EBM, n_heldout: int, bounds: Tensor) -> tuple[Samples, Tensor, Tensor]:
     """Return the last texts of the fit, where they go on, and their scaled factor at each token."""
-    texts = target.fit_samples
-    assert texts is not None
+    texts = texts_of_fit(target)
     texts = texts[len(texts) - n_heldout :]
     low, high = bounds.tolist()
     share = (torch.exp(target.log_factor(target.values(texts))) - low) / (high - low)
@@ -152,7 +156,8 @@ def _prefix_labels(
     if not len(where):
         return labels
     shown = torch.arange(texts.tokens.shape[1]) <= where[:, 1:]  # (M, T)
-    decoded = target.base.decode(texts.tokens[where[:, 0]], shown)
+    base: Any = target.base
+    decoded = base.decode(texts.tokens[where[:, 0]], shown)
     prompts = [target.prompt] * len(decoded)
     unique = list(dict.fromkeys(decoded))
     place = {text: i for i, text in enumerate(unique)}
@@ -177,44 +182,27 @@ def _fit_sums(
     vocab, tokens = base.vocab_size, texts.tokens
     keys = _keys(tokens, vocab)
     pairs, often = _screened(keys, tokens, labels, texts.mask, vocab)
-    place = _places(pairs, keys)
-    known = ~labels.isnan()
     if base.eos_id is not None:
-        known &= tokens != base.eos_id
-    labels = labels.nan_to_num()
+        often[base.eos_id] = False
     effects = (0.01 * torch.randn(vocab, _K, generator=generator)).requires_grad_()
     of_pairs = torch.zeros(len(pairs) + 1, _K, requires_grad=True)
     net = torch.randn(_HIDDEN_U, _K + 3, generator=generator) / math.sqrt(_K)
     net[:, _K + 2] = 0
-    net.requires_grad_()
-    n = len(texts)
-
-    def loss(rows: Tensor, lasso: float) -> Tensor:
-        at = place[rows]
-        added = effects[tokens[rows]] + of_pairs[at] * (at < len(pairs)).unsqueeze(-1)
-        logit = final_logit(net, added.cumsum(1))
-        terms = torch.nn.functional.binary_cross_entropy_with_logits(
-            logit, labels[rows], reduction="none"
-        )
-        weight = known[rows] * weights[rows].sqrt().unsqueeze(-1)
-        fitted = (terms * weight).sum() / weight.sum().clamp(min=1)
-        return fitted + lasso / n * (effects.norm(dim=1).sum() + of_pairs.norm(dim=1).sum())
-
-    parameters = [effects, of_pairs, net]
-    _adam(parameters, lambda rows: loss(rows, _LASSO), n, 8, 1e-2, generator)
+    parameters = [effects, of_pairs, net.requires_grad_()]
+    inputs = (tokens, _places(pairs, keys), labels, weights.sqrt())
+    _adam(parameters, _sums_loss(parameters, inputs, base, _LASSO), len(texts), 8, 1e-2, generator)
     with torch.no_grad():
         size = effects.norm(dim=1)
         kept = (size > _NEGLIGIBLE * size.max()) | often
         if base.eos_id is not None:
             kept[base.eos_id] = False
         effects[~kept] = 0
-    effects.register_hook(lambda grad: grad * kept.unsqueeze(-1))
-    _adam(parameters, lambda rows: loss(rows, 0.0), n, 15, 2e-2, generator)
-    candidates = kept.clone()
-    candidates[pairs % vocab] = True
+    effects.register_hook(lambda grad: grad * kept.unsqueeze(-1))  # type: ignore[no-untyped-call]
+    _adam(parameters, _sums_loss(parameters, inputs, base, 0.0), len(texts), 15, 2e-2, generator)
+    kept[pairs % vocab] = True
     if base.eos_id is not None:
-        candidates[base.eos_id] = False
-    ids = candidates.nonzero().squeeze(-1)
+        kept[base.eos_id] = False
+    ids = kept.nonzero().squeeze(-1)
     return {
         "candidates": ids,
         "token_effects": effects.detach()[ids],
@@ -222,6 +210,32 @@ def _fit_sums(
         "pair_effects": of_pairs.detach()[:-1].clone(),
         "final_net": net.detach(),
     }
+
+
+def _sums_loss(
+    parameters: list[Tensor], inputs: tuple[Tensor, ...], base: Any, lasso: float
+) -> Callable[[Tensor], Tensor]:
+    """Return the loss of rows: the cross-entropy of labels under u, and a group lasso."""
+    effects, of_pairs, net = parameters
+    tokens, place, labels, weights = inputs
+    known = ~labels.isnan()
+    if base.eos_id is not None:
+        known &= tokens != base.eos_id
+    labels = labels.nan_to_num()
+
+    def loss(rows: Tensor) -> Tensor:
+        is_pair = place[rows] < len(of_pairs) - 1
+        added = effects[tokens[rows]] + of_pairs[place[rows]] * is_pair.unsqueeze(-1)
+        terms = torch.nn.functional.binary_cross_entropy_with_logits(
+            final_logit(net, added.cumsum(1)), labels[rows], reduction="none"
+        )
+        weight = known[rows] * weights[rows].unsqueeze(-1)
+        fitted = (terms * weight).sum() / weight.sum().clamp(min=1)
+        size = effects.norm(dim=1).sum() + of_pairs.norm(dim=1).sum()
+        penalised: Tensor = fitted + lasso / len(tokens) * size
+        return penalised
+
+    return loss
 
 
 def _keys(tokens: Tensor, vocab: int) -> Tensor:
@@ -247,9 +261,9 @@ def _screened(
     n_seen = torch.bincount(tokens[observed], minlength=vocab).float()
     n_changed = torch.bincount(tokens[changed], minlength=vocab).float()
     rates = n_changed / n_seen.clamp(min=1)
-    pairs, count = keys[observed].unique(return_counts=True)
+    pairs, count = torch.unique(keys[observed], return_counts=True)
     hits = torch.zeros(len(pairs))
-    changed_pairs, n = keys[changed].unique(return_counts=True)
+    changed_pairs, n = torch.unique(keys[changed], return_counts=True)
     hits[torch.searchsorted(pairs, changed_pairs)] = n.float()
     own, general, small = hits / count.clamp(min=1), rates[pairs % vocab], 1e-3
     evidence = hits * torch.log((own + small) / (general + small))
@@ -268,7 +282,8 @@ def _fit_value(
     target: EBM,
 ) -> dict[str, Tensor]:
     """Return the network v and the projection, fitted to the factor of the finished text."""
-    vocab, tokens = target.base.vocab_size, texts.tokens
+    base: Any = target.base
+    vocab, tokens = base.vocab_size, texts.tokens
     table = torch.zeros(vocab, _K)
     table[sums["candidates"]] = sums["token_effects"]
     of_pairs = pair_effects(sums["pair_keys"], sums["pair_effects"], _keys(tokens, vocab))
@@ -305,14 +320,15 @@ def _adam(
     generator: torch.Generator,
     decay: tuple[float, ...] = (),
 ) -> None:
-    """Minimise the loss of random batches of rows, with a warm-up and a cosine decay of the rate."""
+    """Minimise the loss of random batches of rows, with warm-up and cosine decay."""
     decays = decay or (0.0,) * len(parameters)
     groups = [{"params": [p], "weight_decay": d} for p, d in zip(parameters, decays, strict=True)]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99))
     batch = min(_BATCH, n)
     n_steps, step = n_epochs * (n // batch), 0
     for _ in range(n_epochs):
-        for rows in torch.randperm(n, generator=generator).split(batch)[: n // batch]:
+        order = torch.randperm(n, generator=generator)
+        for rows in torch.split(order, batch)[: n // batch]:
             share = min(1.0, (step + 1) / 20) * (0.5 + 0.5 * math.cos(math.pi * step / n_steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate * share

@@ -133,7 +133,9 @@ class PrefixValue:
 
     def column(self, tokens: Tensor) -> Tensor:
         """Return the entry of `log_values` that belongs to each token, long, of any shape."""
-        place = torch.searchsorted(self._ascending, tokens.contiguous()).clamp(max=len(self._ascending) - 1)
+        place = torch.searchsorted(self._ascending, tokens.contiguous()).clamp(
+            max=len(self._ascending) - 1
+        )
         column = torch.where(self._ascending[place] == tokens, place, len(self.candidates))
         return torch.where(tokens == int(self.sizes[2]), len(self.candidates) - 1, column)
 

@@ -31,7 +31,7 @@ class TokenCredit(Objective):
 
     With `r_t = (a/q)(x_<t) h̃(x_<t) / Z` before token t, P/(Zq) after the last one, and an anchor m,
 
-        Σ_t [ r_t Σ_v (m − π)(v | x_<t) ∇log π(v | x_<t) + (Σ_{k≥t} λ^{k−t} e_k) ∇log π(x_t | x_<t) ]
+        Σ_t r_t Σ_v (m − π)(v | x_<t) ∇log π(v | x_<t) + (Σ_{k≥t} λ^{k−t} e_k) ∇log π(x_t | x_<t)
         e_k = r_{k+1} − r_k (m/q)(x_k | x_<k).
 
     h̃ is the prefix value one token ahead, `Σ_v a(v | x_<t) ĥ(x_<t v)`. The first part is exact over
@@ -150,7 +150,7 @@ def with_credit(objective: Objective, config: TrainerConfig) -> Objective:
     if not isinstance(objective, Matching) or objective.gain is not importance_weight:
         raise ValueError(
             f'credit "token" is for DPG, GDC and GDC++, which descend KL(p‖π), not for '
-            f'{objective.name!r}: leave credit out'
+            f"{objective.name!r}: leave credit out"
         )
     for setting in ("baseline", "backward_size", "diagnose_every"):
         if getattr(config, setting) is not None:
@@ -176,7 +176,11 @@ def base_columns(
         log_p = base.vocabulary_log_prob(part, hidden=states)
         log_values = value.log_values(part.tokens, states).to(log_p)
         drawn = log_values.gather(-1, value.column(part.tokens).unsqueeze(-1))
-        ahead = tilted(value, log_p, log_values).logsumexp(-1)
+        # Σ_v a(v) ĥ(x v), with one ĥ for all tokens but the candidates.
+        of_candidates = log_p[..., value.candidates].exp()
+        values = log_values.exp()
+        shares = torch.cat([of_candidates, 1 - of_candidates.sum(-1, keepdim=True)], -1)
+        ahead = (shares.clamp(min=0) * values).sum(-1).log()
         log_a = log_p.gather(-1, part.tokens.unsqueeze(-1)).squeeze(-1)
         columns.append([log_a, drawn.squeeze(-1), ahead])
     log_a, log_drawn, log_ahead = (
@@ -215,9 +219,7 @@ def prefix_credit(batch: Batch, log_m: Tensor, gae_lambda: float) -> tuple[Tenso
     return finite
 
 
-def _anchored_loss(
-    policy: Any, batch: Batch, value: PrefixValue | None
-) -> tuple[Tensor, Tensor]:
+def _anchored_loss(policy: Any, batch: Batch, value: PrefixValue | None) -> tuple[Tensor, Tensor]:
     """Return the loss of each text `(n,)` and log π of each token `(n, T)` for an anchor m."""
     samples, states = batch.texts, batch.column("base_hidden")
     soft, hard = batch.tokens["weight"], batch.tokens["credit"]

@@ -82,7 +82,7 @@ def test_every_allowed_value_is_accepted():
     for schedule in SCHEDULES:
         TrainerConfig(schedule=schedule, total_steps=10)
     for rule in (None, *PROPOSAL_RULES):
-        TrainerConfig(proposal_rule=rule)
+        TrainerConfig(proposal_rule=rule, credit="token")
     TrainerConfig(learning_rate=1, max_grad_norm=1)  # an int is a number
 
 

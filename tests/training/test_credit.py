@@ -13,7 +13,6 @@ from dmgen.target.prefix_value import PrefixValue
 from dmgen.training import objectives
 from dmgen.training.batch import Batch
 from dmgen.training.config import TrainerConfig
-from dmgen.training.credit import TokenCredit, with_credit
 from dmgen.training.trainer import Trainer
 
 ANCHORS = ("policy", "base", "value")
@@ -42,7 +41,12 @@ def wrong(value: PrefixValue, seed: int = 0) -> PrefixValue:
 
 
 def expected_gradient(
-    target: dmgen.EBM, policy: dmgen.TabularLM, proposal, value: PrefixValue, anchor: str, lam: float
+    target: dmgen.EBM,
+    policy: dmgen.TabularLM,
+    proposal,
+    value: PrefixValue,
+    anchor: str,
+    lam: float,
 ) -> torch.Tensor:
     """Return the exact mean of the loss's gradient over all texts of the proposal."""
     texts = target.exact().samples

@@ -72,9 +72,10 @@ class _SoftCrossEntropy(torch.autograd.Function):
         to_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         to_bias = torch.zeros_like(bias) if bias is not None and ctx.needs_input_grad[2] else None
         losses, log_probs = [], []
+        size = max(1, _CHUNK // len(weight))
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in torch.arange(len(hidden)).split(max(1, _CHUNK // len(weight))):
-                part = slice(int(rows[0]), int(rows[-1]) + 1)
+            for first in range(0, len(hidden), size):
+                part = slice(first, first + size)
                 states, chosen = hidden[part].to(dtype), tokens[part].unsqueeze(-1)
                 log_p = _logits(states, narrow, bias).log_softmax(-1)
                 label = _label(base_hidden[part], base_head, ids, factors, part, dtype)
