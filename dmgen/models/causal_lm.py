@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmgen.models.hf import batching, lora, partial, probes, scoring, tokenization
+from dmgen.models.hf import batching, lora, output_rows as rows, partial, probes, scoring, tokenization
 from dmgen.models.hf.decoding import decode
 from dmgen.models.hf.fast_attention import use_fast_attention
 from dmgen.models.hf.fast_layers import use_fast_layers
@@ -319,6 +319,7 @@ class CausalLM:
         alpha: float = 16.0,
         seed: int = 0,
         last_layers: int | None = None,
+        output_rows: Tensor | None = None,
     ) -> CausalLM:
         """Return an independent trainable copy with float32 weights that computes in `dtype`.
 
@@ -334,6 +335,8 @@ class CausalLM:
             seed: seed of A.
             last_layers: train only this many of the last layers, the norm after them and the output
                 layer (with the embedding, if they are tied); None trains all weights.
+            output_rows: ids of tokens, such as the `candidates` of a `PrefixValue`: of the output
+                layer, train their rows alone, which it no longer shares with the embedding.
 
         Raises:
             ImportError: peft is not installed.
@@ -357,6 +360,13 @@ class CausalLM:
             other.model = copy.deepcopy(self.model).float()
             if last_layers is not None:
                 trained = partial.names_of_last(other.model, last_layers)
+            if output_rows is not None:
+                head = other.model.get_output_embeddings().weight
+                tied = {k for k, p in other.model.named_parameters() if p is head}
+                rows.train_rows(other.model, output_rows)
+                trained = trained - tied | {
+                    k for k, _ in other.model.named_parameters() if k.endswith(".change")
+                }
             for name, parameter in other.model.named_parameters():
                 parameter.requires_grad_(name in trained)
         return other
@@ -380,7 +390,7 @@ class CausalLM:
 
         An adapter is added to the weights, in float32.
         """
-        model = lora.merged(self.model) if self.has_adapter else self.model
+        model = lora.merged(self.model) if self.has_adapter else rows.merged_rows(self.model)
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

@@ -44,6 +44,7 @@ class EBM:
 
     Attributes:
         fit_samples: the texts that `fit` drew from the base; None for any other target.
+        prefix_value: the target's `PrefixValue`, once `PrefixValue.of` has fitted it.
 
     Raises:
         TypeError: constraints holds something other than constraints.
@@ -78,6 +79,7 @@ class EBM:
         self._features = FeatureCache(self.features)
         # The trainer's first estimate of Z and first batches.
         self.fit_samples: Samples | None = None
+        self.prefix_value: Any = None
 
     @property
     def fitted(self) -> TargetFit:

@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from dmgen import storage
 from dmgen.target import prefix_fit
 from dmgen.target.ebm import EBM
+
+_FILE = "prefix_value.safetensors"
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +89,26 @@ class PrefixValue:
         fitted = prefix_fit.fit(target, n_texts, n_labelled, n_heldout, seed)
         value = cls(**fitted, report=torch.full((4,), math.nan))
         return replace(value, report=value._checked(target, n_heldout)) if n_heldout else value
+
+    @classmethod
+    def of(cls, target: EBM) -> PrefixValue:
+        """Return the target's own value, `target.prefix_value`, fitted at the first call."""
+        if target.prefix_value is None:
+            target.prefix_value = cls.fit(target)
+        value: PrefixValue = target.prefix_value
+        return value
+
+    def save(self, folder: str | Path) -> None:
+        """Write `prefix_value.safetensors` into the folder, which is created if missing."""
+        storage.write_tensors(Path(folder) / _FILE, self.tensors())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> PrefixValue:
+        """Return the value that `save` wrote; raise ValueError if there is none."""
+        path = Path(folder) / _FILE
+        if not path.is_file():
+            raise ValueError(f"there is no prefix value in {folder}: {path} is missing")
+        return cls.from_tensors(storage.read_tensors(path))
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> PrefixValue:

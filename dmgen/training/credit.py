@@ -75,8 +75,8 @@ class TokenCredit(Objective):
         return super().identity() | {"anchor": self.anchor, "gae_lambda": self.gae_lambda}
 
     def init(self, policy: Any, target: EBM) -> dict[str, Tensor]:
-        """Return the tensors of the prefix value, fitted on the texts of the fit."""
-        return PrefixValue.fit(target).tensors()
+        """Return the tensors of the target's prefix value, copied."""
+        return {name: x.clone() for name, x in PrefixValue.of(target).tensors().items()}
 
     def draw_columns(self, state: TrainState, batch: Batch, target: EBM) -> dict[str, Tensor]:
         """Return log a of each token, of the prefixes under q, and log-values, each `(n, T)`."""

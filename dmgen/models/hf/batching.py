@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dmgen.models.hf.fast_layers import is_hooked
+from dmgen.models.hf.output_rows import OutputRows
 from dmgen.models.hf.tokenization import start_ids
 from dmgen.models.samples import Samples
 
@@ -107,10 +108,10 @@ def round_up_rows(n: int) -> int:
     return -(-n // _ROWS) * _ROWS
 
 
-def linear_head(model: Any) -> torch.nn.Linear | None:
-    """Return the output layer if it is a plain linear layer without hooks, else None."""
+def linear_head(model: Any) -> Any | None:
+    """Return the output layer if it is a linear layer without hooks, else None."""
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear or model.base_model is model:
+    if type(head) not in (torch.nn.Linear, OutputRows) or model.base_model is model:
         return None
     return None if is_hooked(model) or is_hooked(head) else head
 
