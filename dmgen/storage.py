@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dmgen.estimates.score import finite
@@ -83,6 +85,23 @@ def as_yaml(values: Mapping[str, Any]) -> str:
     """Return plain values as YAML text."""
     # Not allow_unicode: YAML reads some bare characters, such as \x85, back as blanks.
     return str(yaml.safe_dump(dict(values), sort_keys=False))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(apart(tensors), partial)
+    os.replace(partial, path)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file; raise ValueError naming a damaged one."""
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    return tensors
 
 
 def apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -129,6 +129,18 @@ def bind_target(fit: TargetFit, config: RunConfig, base: LanguageModel) -> EBM:
     return EBM.from_fit(base, fit)
 
 
+def build_policy(config: RunConfig, target: EBM) -> Any:
+    """Return the trainable copy of the target's base that the configuration describes."""
+    options = asdict(config.policy)
+    by_value = options.pop("output_rows")
+    if by_value:
+        if target.prefix_value is None:
+            raise ValueError("policy.output_rows needs trainer.credit: token, which finds them")
+        options["output_rows"] = target.prefix_value.candidates
+    base: Any = target.base
+    return base.copy(**options)
+
+
 def build_trainer(config: RunConfig, policy: Any, target: EBM) -> Trainer:
     """Return the trainer that fits `policy`, which it changes in place, to `target`."""
     make: type[Trainer] = METHODS[config.method]

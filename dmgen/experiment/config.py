@@ -51,6 +51,8 @@ class PolicyConfig:
         rank: rank of the adapter, at least 1.
         alpha: scale of the adapter times its rank, positive.
         last_layers: train this many of the last layers and the output layer alone; None for all.
+        output_rows: of the output layer, train the rows of those tokens alone that the constraints
+            depend on, as the prefix value of `trainer.credit: token` finds them.
 
     Raises:
         ValueError: a value is out of its range, or belongs to an adapter where there is none.
@@ -60,12 +62,15 @@ class PolicyConfig:
     rank: int = 8
     alpha: float = 16.0
     last_layers: int | None = None
+    output_rows: bool = False
 
     def __post_init__(self) -> None:
         if self.last_layers is not None:
             check_integer("last_layers", self.last_layers, least=0)
             if self.adapter is not None:
                 raise ValueError("give adapter or last_layers, not both")
+        if not isinstance(self.output_rows, bool):
+            raise TypeError(f"output_rows must be true or false, got {self.output_rows!r}")
         check_choice("adapter", self.adapter, (None, "lora"))
         check_integer("rank", self.rank, least=1)
         check_number("alpha", self.alpha, above=0)

@@ -13,7 +13,7 @@ from dmgen.training import run_folder
 # Files and folders of a run.
 WRITTEN = (
     "config.yaml", "target.json", "metrics.jsonl", "evaluations.jsonl", "samples.jsonl",
-    "checkpoints", "policy", "report.html",
+    "checkpoints", "policy", "report.html", "prefix_value.safetensors",
 )  # fmt: skip
 # Settings that may change when a run goes on; all others say which run it is.
 _MAY_CHANGE = {"n_steps", "trainer", "evaluate", "device", "dtype"}

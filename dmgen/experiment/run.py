@@ -12,6 +12,7 @@ from dmgen import storage
 from dmgen.evaluation.evaluate import evaluate
 from dmgen.evaluation.result import Evaluation
 from dmgen.experiment.build import (
+    build_policy,
     build_trainer,
     fit_draw,
     fit_target,
@@ -25,6 +26,7 @@ from dmgen.experiment.result import Run, StepEvaluation, TextPair
 from dmgen.experiment.versions import write_config
 from dmgen.models.protocols import LanguageModel
 from dmgen.target.ebm import EBM
+from dmgen.target.prefix_value import PrefixValue
 from dmgen.training import run_folder
 from dmgen.training.trainer import Trainer
 
@@ -135,13 +137,15 @@ def run(
     if not os.access(out, os.W_OK):
         raise ValueError(f"{out} may not be written to: give another folder, or change its rights")
     base = load_model(config.base, config)
-    policy = base.copy(**asdict(config.policy))
     if resume:
         target = load_target(out, config, base)
     else:
         tell(FitBegan(config.fit.n_samples))
         target = fit_target(config, base)
         tell(Fitted(target))
+    if config.trainer.credit == "token":
+        _find_prefix_value(target, out, resume)
+    policy = build_policy(config, target)
     trainer = build_trainer(config, policy, target)
     if resume:
         _resume(trainer, config, out)
@@ -156,6 +160,14 @@ def run(
     _measure(policy, target, config, out, trainer.step, tell)
     publish(out / "policy", config, target.fitted)  # the last file: the run is finished
     return Run.load(out)
+
+
+def _find_prefix_value(target: EBM, out: Path, resume: bool) -> None:
+    """Give the target its prefix value, from the run folder if the run goes on."""
+    if resume:
+        target.prefix_value = PrefixValue.load(out)
+    else:
+        PrefixValue.of(target).save(out)
 
 
 def _measure(

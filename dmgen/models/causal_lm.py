@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmgen.models.hf import batching, lora, output_rows as rows, partial, probes, scoring, tokenization
+from dmgen.models.hf import batching, lora, partial, probes, scoring, tokenization
+from dmgen.models.hf import output_rows as rows
 from dmgen.models.hf.decoding import decode
 from dmgen.models.hf.fast_attention import use_fast_attention
 from dmgen.models.hf.fast_layers import use_fast_layers
@@ -356,19 +357,9 @@ class CausalLM:
         elif self.has_adapter:
             other.model = lora.duplicate(self.model)
         else:
-            trained = set(self._trainable())
-            other.model = copy.deepcopy(self.model).float()
-            if last_layers is not None:
-                trained = partial.names_of_last(other.model, last_layers)
-            if output_rows is not None:
-                head = other.model.get_output_embeddings().weight
-                tied = {k for k, p in other.model.named_parameters() if p is head}
-                rows.train_rows(other.model, output_rows)
-                trained = trained - tied | {
-                    k for k, _ in other.model.named_parameters() if k.endswith(".change")
-                }
-            for name, parameter in other.model.named_parameters():
-                parameter.requires_grad_(name in trained)
+            other.model = partial.trainable_copy(self.model, set(self._trainable()), last_layers)
+        if output_rows is not None:
+            rows.train_rows(other.model, output_rows)
         return other
 
     def parameters(self) -> Iterator[torch.nn.Parameter]:
@@ -390,7 +381,7 @@ class CausalLM:
 
         An adapter is added to the weights, in float32.
         """
-        model = lora.merged(self.model) if self.has_adapter else rows.merged_rows(self.model)
+        model = rows.merged_rows(lora.merged(self.model) if self.has_adapter else self.model)
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 

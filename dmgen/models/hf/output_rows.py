@@ -60,10 +60,9 @@ def train_rows(model: Any, ids: Tensor) -> None:
         raise ValueError(f"{type(model).__name__} has no linear output layer: leave rows out")
     if not len(ids) or int(ids.min()) < 0 or int(ids.max()) >= len(head.weight):
         raise ValueError(f"rows must be ids of the model's {len(head.weight)} tokens, got {ids}")
-    frozen = copy.copy(head)
-    frozen._parameters = dict(head._parameters)
-    rows = OutputRows(frozen, ids.to(head.weight.device))
-    model.set_output_embeddings(rows)
+    # The embedding, if it is tied, is trained no more: its rows would change what is read too.
+    head.requires_grad_(False)
+    model.set_output_embeddings(OutputRows(head, ids.to(head.weight.device)))
 
 
 def merged_rows(model: Any) -> Any:

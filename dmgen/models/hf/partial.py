@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 
 from dmgen.validation import check_integer
+
+
+def trainable_copy(model: Any, names: set[str], n_layers: int | None) -> Any:
+    """Return a float32 copy that trains the weights of these names, or those of the last layers."""
+    copied = copy.deepcopy(model).float()
+    trained = names if n_layers is None else names_of_last(copied, n_layers)
+    for name, parameter in copied.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return copied
 
 
 def names_of_last(model: Any, n_layers: int) -> set[str]:
