@@ -170,7 +170,7 @@ _TARGETS: list[dmgen.EBM] = []
 def bios_target() -> dmgen.EBM:
     """Return the target "half of the biographies are about women", fitted once a process."""
     if not _TARGETS:
-        base = dmgen.CausalLM.from_pretrained("tiny-bios")
+        base = dmgen.CausalLM.from_pretrained("tiny-bios-0.1")
         female = dmgen.features.gender("female")
         _TARGETS.append(dmgen.EBM.fit(base, [dmgen.Moment(female, 0.5)], seed=1))
     return _TARGETS[0]

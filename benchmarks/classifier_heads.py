@@ -55,7 +55,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("data", type=Path)
-    parser.add_argument("--base", default="tiny-bios", help="a folder, a hub id, or tiny-bios")
+    parser.add_argument("--base", default="tiny-bios-0.1", help="a folder, a hub id, or tiny-bios")
     parser.add_argument("--only", choices=("sst2", "clickbait"), help="one head; both if not given")
     args = parser.parse_args()
     embed = dmgen.CausalLM.from_pretrained(args.base).embed

@@ -38,7 +38,7 @@ NOISE = (
 
 
 @cache
-def load(base: str = "tiny-bios") -> list[dict[str, Any]]:
+def load(base: str = "tiny-bios-0.1") -> list[dict[str, Any]]:
     """Return all runs of a base, in the order of the tables."""
     order = list(METHODS)
     results = policy_runs.load(table_of(base), stepwise=True)
@@ -67,7 +67,7 @@ def final(result: dict[str, Any]) -> dict[str, tuple[float, float]]:
     return rows | {"off": off(rows, requested(result))}
 
 
-def finals(base: str = "tiny-bios") -> pd.DataFrame:
+def finals(base: str = "tiny-bios-0.1") -> pd.DataFrame:
     """Return means over seeds: a row a task and method, columns `metric`, `metric_stderr`."""
     rows = []
     for result in load(base):
@@ -83,7 +83,7 @@ def finals(base: str = "tiny-bios") -> pd.DataFrame:
     return mean.reset_index()
 
 
-def curves(base: str = "tiny-bios") -> pd.DataFrame:
+def curves(base: str = "tiny-bios-0.1") -> pd.DataFrame:
     """Return a row a small evaluation during training; `seed` is the task with its seed."""
     rows = []
     for result in load(base):
@@ -97,7 +97,7 @@ def curves(base: str = "tiny-bios") -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def steps(base: str = "tiny-bios") -> pd.DataFrame:
+def steps(base: str = "tiny-bios-0.1") -> pd.DataFrame:
     """Return the metrics of every step of GDC++ and GDC."""
     frames = []
     for result in load(base):

@@ -102,7 +102,7 @@ def path_of(base: str, cell: Cell) -> Path:
 def table_of(base: str) -> str:
     """Return the name of a base's table."""
     name = Path(base).name
-    return "grid" if name == "tiny-bios" else f"grid-{name}"
+    return "grid" if name == "tiny-bios-0.1" else f"grid-{name}"
 
 
 def done(base: str) -> set[Cell]:
@@ -202,7 +202,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="key=value, as with dmgen train")
-    parser.add_argument("--base", default="tiny-bios", help="tiny-bios, a folder, or a hub id")
+    parser.add_argument("--base", default="tiny-bios-0.1", help="tiny-bios, a folder, or a hub id")
     parser.add_argument("--share", default="0/1", help="I/N: every N-th cell, from the I-th on")
     parser.add_argument("--only", help="TASK/METHOD/SEED: this cell, again if it is there")
     parser.add_argument("--curve", type=int, default=512, help="texts of an evaluation on the way")

@@ -15,6 +15,7 @@ from dmgen.constraints.feature import Feature
 from dmgen.experiment import yaml_config
 from dmgen.features.classifier_head import Embed
 from dmgen.features.config import CONSTRAINT_FORMS, CONSTRAINT_KEYS
+from dmgen.models.embedded import EMBEDDED
 from dmgen.target import factor
 from dmgen.training.config import TrainerConfig
 from dmgen.training.methods import METHODS, make_objective
@@ -237,7 +238,7 @@ class RunConfig:
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """Return the configuration with absolute paths: it holds in any working directory."""
     mapping = config.to_mapping()
-    if config.base != "tiny-bios":
+    if config.base not in EMBEDDED:
         mapping["base"] = absolute_path(config.base)
     for options in classifier_options(mapping):
         options["head"] = absolute_path(options["head"])

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dmgen.experiment.config import RunConfig, with_absolute_paths
+from dmgen.experiment.versions import read_versions
 from dmgen.training import run_folder
 
 # Files and folders of a run.
@@ -32,7 +33,13 @@ def load_config(folder: Path) -> RunConfig:
     """
     if not (folder / "config.yaml").is_file() or not (folder / "target.json").is_file():
         raise ValueError(f"there is no run in {folder}: it has no config.yaml with a target.json")
-    return RunConfig.load(folder / "config.yaml")
+    config = RunConfig.load(folder / "config.yaml")
+    # Version 0.1 had another model of that name.
+    if config.base == "tiny-bios" and read_versions(folder / "config.yaml").get(
+        "dmgen", ""
+    ).startswith("0.1."):
+        return replace(config, base="tiny-bios-0.1")
+    return config
 
 
 def finished_config(folder: Path, device: str | None = None) -> RunConfig:

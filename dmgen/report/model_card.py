@@ -11,6 +11,7 @@ from dmgen.evaluation.result import Evaluation
 from dmgen.experiment.config import RunConfig
 from dmgen.experiment.publish import publish
 from dmgen.experiment.result import Run
+from dmgen.models.embedded import EMBEDDED
 from dmgen.report import phrasing
 from dmgen.report.page import render
 from dmgen.report.run_values import as_run, method_of
@@ -47,7 +48,7 @@ def _card(run: Run, config: RunConfig, target: TargetFit, evaluation: Evaluation
         "pipeline_tag": "text-generation",
         "tags": ["dmgen", "distribution-matching", method_of(run)],
     }
-    is_hub_id = config.base != "tiny-bios" and not Path(config.base).is_dir()
+    is_hub_id = config.base not in EMBEDDED and not Path(config.base).is_dir()
     return render(
         "model_card.md",
         front=yaml.safe_dump(front | ({"base_model": config.base} if is_hub_id else {})),

@@ -14,14 +14,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dmgen.models.embedded import EMBEDDED
 from dmgen.models.hf.tokenization import check_tokenizer
-
-TINY_BIOS = Path(__file__).parents[1] / "tiny_bios"
 
 
 def load(name: str | Path, *, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Any, Any]:
     """Return a model with weights in `dtype`, and its tokenizer; see `from_pretrained`."""
-    source = str(TINY_BIOS if str(name) == "tiny-bios" else name)
+    source = str(EMBEDDED.get(str(name), name))
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     with _loading(source):
         options["local_files_only"] = _only_cached(source)
