@@ -219,13 +219,14 @@ def _sums_loss(
     effects, of_pairs, net = parameters
     tokens, place, labels, weights = inputs
     known = ~labels.isnan()
-    if base.eos_id is not None:
-        known &= tokens != base.eos_id
     labels = labels.nan_to_num()
+    # An EOS adds nothing: the text that it ends keeps its factor.
+    adds = torch.ones(tokens.shape) if base.eos_id is None else (tokens != base.eos_id).float()
 
     def loss(rows: Tensor) -> Tensor:
         is_pair = place[rows] < len(of_pairs) - 1
         added = effects[tokens[rows]] + of_pairs[place[rows]] * is_pair.unsqueeze(-1)
+        added = added * adds[rows].unsqueeze(-1)
         terms = torch.nn.functional.binary_cross_entropy_with_logits(
             final_logit(net, added.cumsum(1)), labels[rows], reduction="none"
         )

@@ -7,7 +7,7 @@ from dmgen import CausalLM, features
 from dmgen.experiment.build import build_constraints, fit_target
 from dmgen.experiment.config import FitConfig, RunConfig
 
-SMALLEST = {"base": "tiny-bios", "constraints": [{"moment": {"gender": "female"}, "target": 0.5}]}
+SMALLEST = {"base": "tiny-bios-0.1", "constraints": [{"moment": {"gender": "female"}, "target": 0.5}]}
 
 
 def modules_of(call):
@@ -23,10 +23,10 @@ def modules_of(call):
     return seen
 
 
-@pytest.mark.parametrize("name", ["tiny-bios", "a copy"])
+@pytest.mark.parametrize("name", ["tiny-bios-0.1", "a copy"])
 def test_a_classifier_on_the_states_of_the_base_loads_no_second_one(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    base = CausalLM.from_pretrained("tiny-bios", device="cpu")
+    base = CausalLM.from_pretrained("tiny-bios-0.1", device="cpu")
     base.save_pretrained(tmp_path / "a copy")
     head = features.ClassifierHead(
         torch.zeros(2, 128), torch.tensor([0.0, 1.0]), ("a", "b"), base=name
@@ -48,7 +48,7 @@ def test_a_classifier_on_the_states_of_the_base_loads_no_second_one(tmp_path, mo
 def test_the_model_under_a_classifier_computes_in_the_precision_of_the_run(tmp_path, dtype, wanted):
     width = 128
     head = features.ClassifierHead(
-        torch.zeros(2, width), torch.tensor([0.0, 1.0]), ("a", "b"), base="tiny-bios"
+        torch.zeros(2, width), torch.tensor([0.0, 1.0]), ("a", "b"), base="tiny-bios-0.1"
     )
     head.save_pretrained(tmp_path)
     constraint = {"pointwise": {"classifier": {"head": str(tmp_path), "label": "b"}}}

@@ -68,7 +68,7 @@ class TestEqualsThePlainPath:
     def test_the_argument_turns_it_off(self):
         for off in (
             lm_of(tied_llama, scale=0.3, chunked_head=False),
-            CausalLM.from_pretrained("tiny-bios", device="cpu", chunked_head=False),
+            CausalLM.from_pretrained("tiny-bios-0.1", device="cpu", chunked_head=False),
         ):
             assert not off.chunked_head
             assert not off.copy().chunked_head
