@@ -92,8 +92,8 @@ NOTICE for what the licence means for these weights.
 
 **Training.** `benchmarks/train_tiny_bios.py`, seed {record["seed"]}, {record["tokens"]:,} tokens
 in rows of at most {record["window"]}, Muon and AdamW at {record["learning_rate"]:g} with a linear
-decay over the last 30 %, {record["seconds"] / 60:.0f} minutes on {record["hardware"]} (shared), torch
-{record["torch"]}. {note}Loss
+decay over the last 30 %, {record["seconds"] / 60:.0f} minutes on one of
+{record["hardware"]} (shared), torch {record["torch"]}. {note}Loss
 {log["loss"].iloc[-1]:.3f} nats a token in training, **{record["valid_loss"]:.3f}** on the held-out
 biographies.
 

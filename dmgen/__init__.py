@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dmgen.evaluation.evaluate import evaluate
     from dmgen.evaluation.result import Evaluation
     from dmgen.models.causal_lm import CausalLM
+    from dmgen.models.guided import GuidedLM
     from dmgen.models.protocols import LanguageModel
     from dmgen.models.samples import Samples
     from dmgen.models.tabular import TabularLM
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from dmgen.monte_carlo.resampling import ImportanceResampling
     from dmgen.target.ebm import EBM
     from dmgen.target.moments import MomentFit, MomentsUnreachable
+    from dmgen.target.prefix_value import PrefixValue
     from dmgen.training.config import TrainerConfig
     from dmgen.training.methods import (
         DPG,
@@ -53,6 +55,7 @@ _HOMES = {
     "dmgen.evaluation.evaluate": ("evaluate",),
     "dmgen.evaluation.result": ("Evaluation",),
     "dmgen.models.causal_lm": ("CausalLM",),
+    "dmgen.models.guided": ("GuidedLM",),
     "dmgen.models.protocols": ("LanguageModel",),
     "dmgen.models.samples": ("Samples",),
     "dmgen.models.tabular": ("TabularLM",),
@@ -62,6 +65,7 @@ _HOMES = {
     "dmgen.monte_carlo.resampling": ("ImportanceResampling",),
     "dmgen.target.ebm": ("EBM",),
     "dmgen.target.moments": ("MomentFit", "MomentsUnreachable"),
+    "dmgen.target.prefix_value": ("PrefixValue",),
     "dmgen.training.config": ("TrainerConfig",),
     "dmgen.training.methods": (
         "DPG", "FDPG", "GDC", "GDCpp", "KLControl", "Reinforce", "ReinforceP", "VarGrad",
@@ -79,6 +83,7 @@ __all__ = [
     "Feature",
     "FeatureError",
     "GDCpp",
+    "GuidedLM",
     "ImportanceResampling",
     "KLControl",
     "LanguageModel",
@@ -87,6 +92,7 @@ __all__ = [
     "MomentFit",
     "MomentsUnreachable",
     "Pointwise",
+    "PrefixValue",
     "QuasiRejection",
     "Reinforce",
     "ReinforceP",

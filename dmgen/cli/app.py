@@ -325,15 +325,28 @@ def sample(
     seed: Annotated[
         int | None, typer.Option(help="The same seed, the same texts. [default: new ones]")
     ] = None,
+    certain: Annotated[
+        bool,
+        typer.Option(
+            "--certain",
+            help="Draw from the target itself, by quasi-rejection to a TV distance of 0.01.",
+        ),
+    ] = False,
     device: _Device = None,
     as_json: _Json = False,
 ) -> None:
-    """Print texts of the policy of a run."""
+    """Print texts of the policy of a run, or of its target with --certain."""
     from dmgen.experiment import build
+    from dmgen.experiment.certain import draw_certain
     from dmgen.experiment.folder import finished_config
 
     config = finished_config(run, device)
-    texts = build.load_finished_policy(run, config).sample(n, prompt=config.prompt, seed=seed)
+    if certain:
+        drawn = draw_certain(run, config, n, seed)
+        texts = drawn.samples
+        typer.echo(str(drawn), err=True)
+    else:
+        texts = build.load_finished_policy(run, config).sample(n, prompt=config.prompt, seed=seed)
     if not as_json:
         for i, text in enumerate(texts.texts, 1):
             typer.echo(f"{i:>{len(str(n))}}  {' '.join(text.split())}")

@@ -158,6 +158,32 @@ def log_beta_for(log_w: Tensor, rate: float) -> float:
     return min(log_beta, float(ordered[last + 1]))
 
 
+def log_beta_for_tv(log_w: Tensor, max_tv: float) -> float:
+    """Return the log of the smallest β with TV(p, p_β) at most `max_tv` on these samples, nats.
+
+    TV falls with β, to 0 at the largest weight; β is found by bisection to 1e-9 nats.
+
+    Args:
+        log_w: (N,), log P − log q of samples of q, nats; `-inf` is legal.
+        max_tv: in (0, 1).
+
+    Raises:
+        ValueError: NaN or `+inf`, or no positive weight.
+    """
+    lw = check_log_weights(log_w, "log_w")
+    finite = lw[lw > -math.inf]
+    if not len(finite):
+        raise ValueError(f"none of {len(lw):,} texts of the proposal has P > 0")
+    low, high = float(finite.min()), float(finite.max())
+    while high - low > 1e-9:
+        middle = 0.5 * (low + high)
+        if tv(lw, log_acceptance(lw, middle)).value > max_tv:
+            low = middle
+        else:
+            high = middle
+    return high
+
+
 def _weights(log_w: Tensor, log_accept: Tensor, probs: Tensor | None) -> tuple[Weights, Weights]:
     """Return the weights of p and of q_r."""
     lw = check_log_weights(log_w, "log_w")

@@ -28,7 +28,7 @@ from dmgen.models.samples import Samples
 from dmgen.monte_carlo import acceptance
 from dmgen.monte_carlo.draws import Draws
 from dmgen.target.ebm import EBM
-from dmgen.validation import check_integer
+from dmgen.validation import check_integer, check_number
 
 
 class QuasiRejection(Draws):
@@ -40,9 +40,10 @@ class QuasiRejection(Draws):
     Args:
         target: the EBM; β is measured in the unit of its unnormalised P.
         proposal: the model q to draw from; its support must contain that of p.
-        beta: β > 0. Exactly one of beta and acceptance_rate is given.
+        beta: β > 0. Exactly one of beta, acceptance_rate and max_tv is given.
         acceptance_rate: fraction of texts to be accepted, in (0, 1]. β is the largest with this
             rate on n_estimation texts, which are drawn by the constructor.
+        max_tv: largest TV(p, p_β), in (0, 1). β is the smallest that keeps it on such texts.
         n_estimation: texts to choose β on, and as many others for `diagnostics`; at least 2.
         max_draws: a call of `sample` that needs more texts raises, as soon as that is clear.
         batch_size: number of texts drawn and scored at a time; it changes no text.
@@ -53,8 +54,8 @@ class QuasiRejection(Draws):
 
     Raises:
         TypeError: target is no EBM, proposal no language model, a size no whole number.
-        ValueError: not exactly one of beta and acceptance_rate, an argument out of range, or a rate
-            above the fraction of texts with P > 0.
+        ValueError: not exactly one of beta, acceptance_rate and max_tv, an argument out of range,
+            or a rate above the fraction of texts with P > 0.
         RuntimeError: none of the texts for β has P > 0.
 
     Source: Eikema et al. (2022), see `acceptance`.
@@ -68,6 +69,7 @@ class QuasiRejection(Draws):
         beta: float | None = None,
         acceptance_rate: float | None = None,
         *,
+        max_tv: float | None = None,
         n_estimation: int = 10_240,
         max_draws: int = 1_000_000,
         batch_size: int = 1024,
@@ -76,11 +78,13 @@ class QuasiRejection(Draws):
         super().__init__(target, proposal, batch_size=batch_size)
         check_integer("n_estimation", n_estimation, least=2)
         check_integer("max_draws", max_draws, least=1)
-        if (beta is None) == (acceptance_rate is None):
+        if sum(x is not None for x in (beta, acceptance_rate, max_tv)) != 1:
             raise ValueError(
-                f"give either beta or acceptance_rate; got beta={beta} and "
-                f"acceptance_rate={acceptance_rate}"
+                f"give either beta or acceptance_rate or max_tv; got beta={beta}, "
+                f"acceptance_rate={acceptance_rate} and max_tv={max_tv}"
             )
+        if max_tv is not None:
+            check_number("max_tv", max_tv, above=0, below=1)
         if beta is not None and not 0 < beta < math.inf:
             raise ValueError(f"beta must be a finite number above 0, got {beta}")
         if acceptance_rate is not None and not 0 < acceptance_rate <= 1:
@@ -89,6 +93,9 @@ class QuasiRejection(Draws):
         if acceptance_rate is not None:
             _, weights = self._pool(n_estimation, "quasi-rejection beta", seed)
             self.log_beta = acceptance.log_beta_for(weights.log_w, acceptance_rate)
+        elif max_tv is not None:
+            _, weights = self._pool(n_estimation, "quasi-rejection beta", seed)
+            self.log_beta = acceptance.log_beta_for_tv(weights.log_w, max_tv)
         elif beta is not None:
             self.log_beta = math.log(beta)
 

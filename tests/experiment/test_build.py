@@ -7,7 +7,8 @@ from dmgen import CausalLM, features
 from dmgen.experiment.build import build_constraints, fit_target
 from dmgen.experiment.config import FitConfig, RunConfig
 
-SMALLEST = {"base": "tiny-bios-0.1", "constraints": [{"moment": {"gender": "female"}, "target": 0.5}]}
+FEMALE = {"moment": {"gender": "female"}, "target": 0.5}
+SMALLEST = {"base": "tiny-bios-0.1", "constraints": [FEMALE]}
 
 
 def modules_of(call):

@@ -83,7 +83,10 @@ def test_events_come_in_order(finished, config):
 def test_files_of_a_run(finished):
     """The card and the page are written from the run, by the rooms above."""
     run, _ = finished
-    assert {path.name for path in run.folder.iterdir()} == set(WRITTEN) - {"report.html", "prefix_value.safetensors"}
+    assert {path.name for path in run.folder.iterdir()} == set(WRITTEN) - {
+        "report.html",
+        "prefix_value.safetensors",
+    }
     target = load_published(run.folder / "policy")
     assert target.fitted == run.target
 

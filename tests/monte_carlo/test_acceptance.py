@@ -331,3 +331,16 @@ def test_beta_at_the_largest_weight_leaves_nothing_outside_whatever_the_rounding
         log_beta = math.log(math.exp(weight))
         assert (log_w > log_beta).any()
         assert acceptance.tv_bound(log_w, log_beta).value == 0
+
+
+@pytest.mark.parametrize("max_tv", [0.01, 0.1, 0.3])
+def test_the_smallest_beta_that_keeps_a_distance(max_tv):
+    log_w = torch.randn(500, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_beta = acceptance.log_beta_for_tv(log_w, max_tv)
+
+    def distance(log_beta):
+        return acceptance.tv(log_w, acceptance.log_acceptance(log_w, log_beta)).value
+
+    assert distance(log_beta) <= max_tv < distance(log_beta - 1e-6)
+    with pytest.raises(ValueError, match="has P > 0"):
+        acceptance.log_beta_for_tv(torch.full((5,), -INF), max_tv)

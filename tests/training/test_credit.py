@@ -128,7 +128,9 @@ def gradient_noise(credit: str, anchor: str) -> float:
     mean, square = torch.zeros_like(policy.logits), 0.0
     for i, q in enumerate(torch.exp(log_q).tolist()):
         some = batch[[i]]
-        loss = objective.loss(some, objective.forward(trainer.state, some), objective.advantage(some))
+        loss = objective.loss(
+            some, objective.forward(trainer.state, some), objective.advantage(some)
+        )
         gradient = torch.autograd.grad(loss.sum(), list(policy.parameters()))[0]
         mean, square = mean + q * gradient, square + q * float(gradient.square().sum())
     return square - float(mean.square().sum())
