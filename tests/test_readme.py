@@ -16,9 +16,8 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 QUICK_START = BLOCKS[0]
 # The same code on fewer texts.
 SMALLER = {
-    "n_samples=10_240": "n_samples=400",
-    "batch_size=1024": "batch_size=32",
-    "backward_size=320": "backward_size=8",
+    "n_samples=10_240": "n_samples=800",
+    "batch_size=128": "batch_size=8",
     f"n_steps={DEMO.n_steps}": "n_steps=2",
     "n_samples=2048": "n_samples=64",
 }
