@@ -34,10 +34,12 @@ def load_config(folder: Path) -> RunConfig:
     if not (folder / "config.yaml").is_file() or not (folder / "target.json").is_file():
         raise ValueError(f"there is no run in {folder}: it has no config.yaml with a target.json")
     config = RunConfig.load(folder / "config.yaml")
-    # Version 0.1 had another model of that name.
-    if config.base == "tiny-bios" and read_versions(folder / "config.yaml").get(
-        "dmgen", ""
-    ).startswith("0.1."):
+    return with_base_of(config, read_versions(folder / "config.yaml").get("dmgen", ""))
+
+
+def with_base_of(config: RunConfig, version: str) -> RunConfig:
+    """Return the configuration with the embedded model that it meant in a version of dmgen."""
+    if config.base == "tiny-bios" and version.startswith("0.1"):
         return replace(config, base="tiny-bios-0.1")
     return config
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from dmgen import features, models, storage
 from dmgen.experiment.build import bind_target, build_constraints
 from dmgen.experiment.config import RunConfig, absolute_path, classifier_options
+from dmgen.experiment.folder import with_base_of
+from dmgen.experiment.versions import versions
 from dmgen.models.protocols import LanguageModel
 from dmgen.target.ebm import EBM
 from dmgen.target.fit import TargetFit
@@ -30,7 +32,8 @@ def publish(folder: Path, config: RunConfig, target: TargetFit) -> None:
             head = replace(head, base=config.base)
         options["head"] = f"head-{i}"
         head.save_pretrained(folder / options["head"])
-    storage.write_json(folder / "dmgen.json", {"config": mapping, "target": target.to_dict()})
+    published = {"dmgen": versions()["dmgen"], "config": mapping, "target": target.to_dict()}
+    storage.write_json(folder / "dmgen.json", published)
 
 
 def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM:
@@ -52,6 +55,7 @@ def load_published(folder: str | Path, base: LanguageModel | None = None) -> EBM
         beside = folder / options["head"]
         options["head"] = str(beside) if beside.is_dir() else options["head"]
     config = RunConfig.from_mapping(published["config"] | {"device": None})
+    config = with_base_of(config, published.get("dmgen", "0.1"))  # 0.1 did not write its version
     if base is None:
         base = models.CausalLM.from_pretrained(
             config.base, dtype=config.dtype, max_new_tokens=config.max_new_tokens

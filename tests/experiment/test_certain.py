@@ -12,7 +12,6 @@ from dmgen.experiment import RunConfig
 from dmgen.experiment.certain import draw_certain
 from dmgen.training.config import TrainerConfig
 
-
 DATA = Path(__file__).parents[1] / "data"
 
 
