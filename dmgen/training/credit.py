@@ -94,13 +94,16 @@ class TokenCredit(Objective):
             return tokens.double().cumsum(1)
 
         terms = [prefixes(model) + math.log(share) for model, share in batch.sources]
-        return {
+        columns = {
             "log_base": log_a.double(),
             "prefix_log_q": torch.logsumexp(torch.stack(terms), 0),
             "log_drawn": log_drawn.double(),
             "log_ahead": log_ahead.double(),
             "mask": samples.mask.double(),
         }
+        if self.anchor == "policy":
+            columns["log_policy"] = state.policy.token_log_prob(samples).double()
+        return columns
 
     def prepare(self, state: TrainState, batch: Batch, target: EBM) -> Batch:
         """Add the prefix weights r and the credit of each token."""
@@ -108,8 +111,7 @@ class TokenCredit(Objective):
         if self.anchor == "value":
             log_m = log_m + batch.tokens["log_drawn"] - batch.tokens["log_ahead"]
         elif self.anchor == "policy":
-            log_m = torch.zeros_like(log_m)
-            log_m[batch.own] = state.policy.token_log_prob(batch.texts).double()
+            log_m = batch.tokens["log_policy"]
         weights, credit = prefix_credit(batch, log_m, self.gae_lambda)
         return replace(batch, tokens={"weight": weights, "credit": credit})
 

@@ -124,7 +124,8 @@ def weights(out):
 class TestTrain:
     def test_the_folder(self, finished, model):
         out, _ = finished
-        assert {path.name for path in out.iterdir()} == set(WRITTEN)
+        # Only a run with credit by token has a prefix value.
+        assert {path.name for path in out.iterdir()} == set(WRITTEN) - {"prefix_value.safetensors"}
         assert RunConfig.load(out / "config.yaml").base == str(model.resolve())
         assert "# torch " in (out / "config.yaml").read_text()
         assert [row["step"] for row in storage.read_rows(out / "metrics.jsonl")] == [

@@ -35,6 +35,9 @@ SCRIPT = textwrap.dedent(
         ("mixture", dmgen.GDCpp, {"base_share": 0.5, "reuse": 2, "proposal_rule": "policy"}),
         ("auto", dmgen.GDCpp, {"learning_rate": "auto", "baseline": "optimal"}),
         ("fit", dmgen.VarGrad, {"first_batches_from_fit": True}),
+        ("guided", dmgen.GDCpp, {"credit": "token", "proposal_rule": "guided"}),
+        ("anchored", dmgen.DPG, {"credit": "token", "anchor": "base", "gae_lambda": 0.9}),
+        ("credit", dmgen.GDC, {"credit": "token", "anchor": "policy", "base_share": 0.5}),
     ):
         config = dmgen.TrainerConfig(**({"batch_size": 64, "learning_rate": 0.05} | settings))
         sampler = method(base.copy(), target, config)
