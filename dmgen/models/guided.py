@@ -10,6 +10,9 @@ from torch import Tensor
 
 from dmgen.models.samples import Samples
 
+# Log-probabilities of a whole vocabulary in memory at a time.
+_VOCABULARY_NUMBERS = 2**24
+
 
 class NextTokenValue(Protocol):
     """Log-values of the texts that each next token would make, see `target.PrefixValue`."""
@@ -89,19 +92,9 @@ class GuidedLM:
         hidden: Tensor | None = None,
     ) -> Tensor:
         """Return the log-probability of each token, `(N, T)`, 0 where masked, without a graph."""
-        parts = [
-            self._scored(part, None if hidden is None else hidden[first : first + len(part)])
-            for first, part in _parts(samples)
-        ]
-        return torch.cat(parts)
-
-    def _scored(self, samples: Samples, hidden: Tensor | None) -> Tensor:
         hidden = self.base.hidden_states(samples) if hidden is None else hidden
-        log_a = self.base.vocabulary_log_prob(samples, hidden=hidden)
-        log_values = self.value.log_values(samples.tokens, hidden)
-        log_p = tilted(self.value, log_a, log_values).log_softmax(-1)
-        chosen = log_p.gather(-1, samples.tokens.unsqueeze(-1)).squeeze(-1)
-        return torch.where(samples.mask, chosen, 0.0)
+        log_a, log_drawn, log_ahead = base_columns(self.base, self.value, samples, hidden)
+        return log_a + log_drawn - log_ahead
 
 
 def tilted(value: NextTokenValue, logits: Tensor, log_values: Tensor) -> Tensor:
@@ -109,10 +102,30 @@ def tilted(value: NextTokenValue, logits: Tensor, log_values: Tensor) -> Tensor:
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     others = log_values[..., -1:]
     index = value.candidates.expand(*logits.shape[:-1], -1)
-    added = (logits + others).scatter_add(-1, index, (log_values[..., :-1] - others).to(logits))
-    return added
+    return (logits + others).scatter_add(-1, index, (log_values[..., :-1] - others).to(logits))
 
 
-def _parts(samples: Samples, size: int = 64) -> list[tuple[int, Samples]]:
-    """Return parts of the samples, each with its first row: the logits of all take much memory."""
-    return [(i, samples[i : i + size]) for i in range(0, len(samples), size)]
+def base_columns(
+    base: Any, value: NextTokenValue, samples: Samples, hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log a, log ĥ after each token and log h̃ before it, each `(N, T)`, nats, 0 if masked.
+
+    `hidden` are the base's states `(N, T, D)`.
+    """
+    size = max(1, _VOCABULARY_NUMBERS // (samples.tokens.shape[1] * base.vocab_size))
+    columns = []
+    for first in range(0, len(samples), size):
+        part, states = samples[first : first + size], hidden[first : first + size]
+        log_p = base.vocabulary_log_prob(part, hidden=states)
+        log_values = value.log_values(part.tokens, states).to(log_p)
+        drawn = log_values.gather(-1, value.column(part.tokens).unsqueeze(-1))
+        # Σ_v a(v) ĥ(x v), with one ĥ for all tokens but the candidates.
+        of_candidates = log_p[..., value.candidates].exp()
+        fractions = torch.cat([of_candidates, 1 - of_candidates.sum(-1, keepdim=True)], -1)
+        ahead = (fractions.clamp(min=0) * log_values.exp()).sum(-1).log()
+        log_a = log_p.gather(-1, part.tokens.unsqueeze(-1)).squeeze(-1)
+        columns.append([log_a, drawn.squeeze(-1), ahead])
+    log_a, log_drawn, log_ahead = (
+        torch.where(samples.mask, torch.cat(column), 0.0) for column in zip(*columns, strict=True)
+    )
+    return log_a, log_drawn, log_ahead

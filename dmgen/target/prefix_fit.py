@@ -11,7 +11,6 @@ from torch import Tensor
 
 from dmgen.models.random_draws import stream
 from dmgen.models.samples import Samples
-from dmgen.target import factor
 from dmgen.target.ebm import EBM
 from dmgen.validation import check_integer
 
@@ -51,8 +50,6 @@ def fit(
         zero = sums["token_effects"].new_zeros(1, _K)
         result["token_effects"] = torch.cat([sums["token_effects"], zero])
     result["bounds"] = torch.tensor([low, high])
-    log_z = math.nan if target.log_z is None else target.log_z.value
-    result["log_z"] = torch.tensor(log_z, dtype=torch.float64)
     sizes = [base.vocab_size, target.max_new_tokens, -1 if eos is None else eos]
     result["sizes"] = torch.tensor(sizes)
     return result
@@ -73,9 +70,9 @@ def heldout_inputs(target: EBM, n_heldout: int, bounds: Tensor) -> tuple[Samples
     texts = texts_of_fit(target)
     texts = texts[len(texts) - n_heldout :]
     low, high = bounds.tolist()
-    share = (torch.exp(target.log_factor(target.values(texts))) - low) / (high - low)
+    share = _scaled(torch.exp(target.log_factor(target.values(texts))), low, high)
     goes_on = texts.mask & ~_is_last(texts.mask)
-    return texts, goes_on, share.clamp(0, 1).float().unsqueeze(-1).expand(goes_on.shape)
+    return texts, goes_on, share.unsqueeze(-1).expand(goes_on.shape)
 
 
 # A network is one tensor, a row a hidden unit: weights of its inputs, its bias, its weight in the
@@ -113,11 +110,15 @@ def projected(projection: Tensor, hidden: Tensor) -> Tensor:
 def pair_effects(keys: Tensor, effects: Tensor, wanted: Tensor) -> Tensor:
     """Return the effect of each wanted pair, `(..., k)`; 0 for pairs without one."""
     zero = effects.new_zeros(1, effects.shape[1])
-    if not len(keys):
-        return zero.expand(*wanted.shape, -1)
-    place = torch.searchsorted(keys, wanted.contiguous()).clamp(max=len(keys) - 1)
-    place = torch.where(keys[place] == wanted, place, len(keys))
-    return torch.cat([effects, zero])[place]
+    return torch.cat([effects, zero])[places(keys, wanted)]
+
+
+def places(ascending: Tensor, wanted: Tensor) -> Tensor:
+    """Return the position of each wanted number, or their count where it is none of them."""
+    if not len(ascending):
+        return torch.zeros_like(wanted)
+    place = torch.searchsorted(ascending, wanted.contiguous()).clamp(max=len(ascending) - 1)
+    return torch.where(ascending[place] == wanted, place, len(ascending))
 
 
 def _scaled_factor(target: EBM, texts: Samples) -> tuple[float, float, Tensor]:
@@ -129,7 +130,12 @@ def _scaled_factor(target: EBM, texts: Samples) -> tuple[float, float, Tensor]:
         raise ValueError(
             f"every one of {len(texts):,} texts has the factor {high:g}: there is nothing to learn"
         )
-    return low, high, ((factors - low) / (high - low)).clamp(0, 1).float()
+    return low, high, _scaled(factors, low, high)
+
+
+def _scaled(factors: Tensor, low: float, high: float) -> Tensor:
+    """Return each factor's place in the range, 0..1."""
+    return ((factors - low) / (high - low)).clamp(0, 1).float()
 
 
 def _thinned(share: Tensor, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -158,12 +164,12 @@ def _prefix_labels(
     shown = torch.arange(texts.tokens.shape[1]) <= where[:, 1:]  # (M, T)
     base: Any = target.base
     decoded = base.decode(texts.tokens[where[:, 0]], shown)
-    prompts = [target.prompt] * len(decoded)
     unique = list(dict.fromkeys(decoded))
     place = {text: i for i, text in enumerate(unique)}
-    values = {f.name: f.evaluate(unique, prompts[: len(unique)])[0] for f in target.features}
-    factors = torch.exp(factor.log_factor(target.constraints, target.lambdas, values))
-    scaled = ((factors - low) / (high - low)).clamp(0, 1).float()
+    prompts = [target.prompt] * len(unique)
+    # Not by `target.values`: so many texts would push all others out of its cache.
+    values = {f.name: f.evaluate(unique, prompts)[0] for f in target.features}
+    scaled = _scaled(torch.exp(target.log_factor(values)), low, high)
     labels[where[:, 0], where[:, 1]] = scaled[[place[text] for text in decoded]]
     return labels
 
@@ -182,20 +188,16 @@ def _fit_sums(
     vocab, tokens = base.vocab_size, texts.tokens
     keys = _keys(tokens, vocab)
     pairs, often = _screened(keys, tokens, labels, texts.mask, vocab)
-    if base.eos_id is not None:
-        often[base.eos_id] = False
     effects = (0.01 * torch.randn(vocab, _K, generator=generator)).requires_grad_()
     of_pairs = torch.zeros(len(pairs) + 1, _K, requires_grad=True)
     net = torch.randn(_HIDDEN_U, _K + 3, generator=generator) / math.sqrt(_K)
     net[:, _K + 2] = 0
     parameters = [effects, of_pairs, net.requires_grad_()]
-    inputs = (tokens, _places(pairs, keys), labels, weights.sqrt())
+    inputs = (tokens, places(pairs, keys), labels, weights.sqrt())
     _adam(parameters, _sums_loss(parameters, inputs, base, _LASSO), len(texts), 8, 1e-2, generator)
     with torch.no_grad():
         size = effects.norm(dim=1)
         kept = (size > _NEGLIGIBLE * size.max()) | often
-        if base.eos_id is not None:
-            kept[base.eos_id] = False
         effects[~kept] = 0
     effects.register_hook(lambda grad: grad * kept.unsqueeze(-1))  # type: ignore[no-untyped-call]
     _adam(parameters, _sums_loss(parameters, inputs, base, 0.0), len(texts), 15, 2e-2, generator)
@@ -243,19 +245,11 @@ def _keys(tokens: Tensor, vocab: int) -> Tensor:
     return torch.nn.functional.pad(tokens[:, :-1], (1, 0), value=vocab) * vocab + tokens
 
 
-def _places(keys: Tensor, wanted: Tensor) -> Tensor:
-    """Return the position of each wanted key, or their number where it is none of them."""
-    if not len(keys):
-        return torch.zeros_like(wanted)
-    place = torch.searchsorted(keys, wanted.contiguous()).clamp(max=len(keys) - 1)
-    return torch.where(keys[place] == wanted, place, len(keys))
-
-
 def _screened(
     keys: Tensor, tokens: Tensor, labels: Tensor, mask: Tensor, vocab: int
 ) -> tuple[Tensor, Tensor]:
     """Return the pairs that change the label unlike their last token, and tokens that often do."""
-    before = torch.nn.functional.pad(labels[:, :-1], (1, 0), value=0.0)
+    before = torch.nn.functional.pad(labels[:, :-1], (1, 0))
     before[:, 0] = labels[:, 0].nan_to_num().min()
     observed = mask & ~labels.isnan() & ~before.isnan()
     changed = observed & ((labels - before).abs() > 1e-6)

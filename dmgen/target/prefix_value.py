@@ -41,7 +41,6 @@ class PrefixValue:
         value_net: weights of v.
         projection: of the base's state before the last token, `(r, D)`.
         bounds: low and high, the range of the factor, `(2,)`.
-        log_z: log Z of the target, nats, `()`; the log-value of the empty text.
         sizes: V, T, and the id of the EOS or -1, long `(3,)`.
         report: cross-entropy a prefix on held-out texts, that of the best constant, and the mean
             predicted and observed value of the held-out prefixes, `(4,)`, nats and fractions of
@@ -56,7 +55,6 @@ class PrefixValue:
     value_net: Tensor
     projection: Tensor
     bounds: Tensor
-    log_z: Tensor
     sizes: Tensor
     report: Tensor
 
@@ -157,16 +155,11 @@ class PrefixValue:
 
     def column(self, tokens: Tensor) -> Tensor:
         """Return the entry of `log_values` that belongs to each token, long, of any shape."""
-        place = torch.searchsorted(self._ascending, tokens.contiguous()).clamp(
-            max=len(self._ascending) - 1
-        )
-        column = torch.where(self._ascending[place] == tokens, place, len(self.candidates))
-        return torch.where(tokens == int(self.sizes[2]), len(self.candidates) - 1, column)
-
-    @property
-    def _ascending(self) -> Tensor:
-        """The candidates without the EOS, which stands last."""
-        return self.candidates[:-1] if int(self.sizes[2]) >= 0 else self.candidates
+        n, eos = len(self.candidates), int(self.sizes[2])
+        ascending = self.candidates[: n - 1] if eos >= 0 else self.candidates
+        place = prefix_fit.places(ascending, tokens)
+        column = torch.where(place < len(ascending), place, n)
+        return torch.where(tokens == eos, n - 1, column)
 
     def _checked(self, target: EBM, n_heldout: int) -> Tensor:
         """Return the `report` of the last texts of the fit."""

@@ -52,8 +52,8 @@ class TrainerConfig:
         baseline: the factor κ of π/q that the advantage subtracts: a name (see
             `objectives.advantage`), a `Baseline` of the user's own, or None for the method's.
         credit: "text" gives every token of a text the weight of the text; "token" gives each token
-            what a prefix value did not foresee, see `credit.TokenCredit`, which takes out most of
-            the gradient's variance. The value is fitted when the trainer is made.
+            what a prefix value did not foresee, see `credit.TokenCredit`, which takes out
+            variance that tells nothing. The value is fitted when the trainer is made.
         anchor: of credit "token": the distribution that every token is pulled to over the whole
             vocabulary, "value" for the guided base, "base", or "policy" for no such pull.
         gae_lambda: λ of credit "token", in [0, 1]: 1 is unbiased, 0 trusts the prefix value.

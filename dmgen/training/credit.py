@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dmgen.models.guided import GuidedLM, tilted
+from dmgen.models.guided import GuidedLM, base_columns, tilted
 from dmgen.models.hf.precision import autocast
 from dmgen.models.hf.soft_target import soft_cross_entropy
-from dmgen.models.samples import Samples
 from dmgen.target.ebm import EBM
 from dmgen.target.prefix_value import PrefixValue
 from dmgen.training.batch import Batch
@@ -20,9 +19,6 @@ from dmgen.training.config import TrainerConfig
 from dmgen.training.objective import Objective
 from dmgen.training.objectives import Matching, importance_weight
 from dmgen.training.state import TrainState
-
-# Log-probabilities of a whole vocabulary in memory at a time.
-_VOCABULARY_NUMBERS = 2**24
 
 
 @dataclass(frozen=True)
@@ -162,33 +158,6 @@ def with_credit(objective: Objective, config: TrainerConfig) -> Objective:
     if config.anchor == "policy" and config.reuse > 1:
         raise ValueError('anchor "policy" weighs by the policy of the draw: set reuse to 1')
     return TokenCredit(objective, config.anchor, config.gae_lambda)
-
-
-def base_columns(
-    base: Any, value: PrefixValue, samples: Samples, hidden: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log a, log ĥ after each token and log h̃ before it, each `(N, T)`, nats, 0 if masked.
-
-    `hidden` are the base's states `(N, T, D)`.
-    """
-    size = max(1, _VOCABULARY_NUMBERS // (samples.tokens.shape[1] * base.vocab_size))
-    columns = []
-    for first in range(0, len(samples), size):
-        part, states = samples[first : first + size], hidden[first : first + size]
-        log_p = base.vocabulary_log_prob(part, hidden=states)
-        log_values = value.log_values(part.tokens, states).to(log_p)
-        drawn = log_values.gather(-1, value.column(part.tokens).unsqueeze(-1))
-        # Σ_v a(v) ĥ(x v), with one ĥ for all tokens but the candidates.
-        of_candidates = log_p[..., value.candidates].exp()
-        values = log_values.exp()
-        shares = torch.cat([of_candidates, 1 - of_candidates.sum(-1, keepdim=True)], -1)
-        ahead = (shares.clamp(min=0) * values).sum(-1).log()
-        log_a = log_p.gather(-1, part.tokens.unsqueeze(-1)).squeeze(-1)
-        columns.append([log_a, drawn.squeeze(-1), ahead])
-    log_a, log_drawn, log_ahead = (
-        torch.where(samples.mask, torch.cat(column), 0.0) for column in zip(*columns, strict=True)
-    )
-    return log_a, log_drawn, log_ahead
 
 
 def prefix_credit(batch: Batch, log_m: Tensor, gae_lambda: float) -> tuple[Tensor, Tensor]:

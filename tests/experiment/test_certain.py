@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 from dmgen import experiment
-from dmgen.experiment import RunConfig
 from dmgen.experiment.certain import draw_certain
 from dmgen.training.config import TrainerConfig
 
-DATA = Path(__file__).parents[1] / "data"
-
 
 @pytest.fixture(scope="module")
-def config():
-    return RunConfig.load(
-        DATA / "run-0.1" / "config.yaml",
-        [f"base={DATA / 'base-0.1'}", "fit.n_samples=800", "evaluate.n_samples=64",
-         "trainer.evaluate_every=null"],
-    )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def finished(config, tmp_path_factory):
+def finished(small_config, tmp_path_factory):
+    config = small_config("fit.n_samples=800")
     trainer = TrainerConfig(
         batch_size=16, checkpoint_every=2, credit="token", proposal_rule="guided"
     )

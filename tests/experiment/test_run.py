@@ -9,7 +9,7 @@ import pytest
 
 import dmgen
 from dmgen import CausalLM, experiment, storage
-from dmgen.experiment import Run, RunConfig
+from dmgen.experiment import Run
 from dmgen.experiment.folder import WRITTEN, finished_config, is_finished
 from dmgen.experiment.publish import load_published
 from dmgen.experiment.run import (
@@ -26,12 +26,8 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 @pytest.fixture(scope="module")
-def config():
-    return RunConfig.load(
-        DATA / "run-0.1" / "config.yaml",
-        [f"base={DATA / 'base-0.1'}", "fit.n_samples=400", "trainer.batch_size=32",
-         "evaluate.n_samples=64", "trainer.evaluate_every=null"],
-    )  # fmt: skip
+def config(small_config):
+    return small_config("fit.n_samples=400", "trainer.batch_size=32")
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmgen.models.hf.precision import product_dtype
+
 # Logits in memory at a time. The allocator reuses the pages of buffers of up to 16 MiB of float32;
 # a larger buffer is mapped anew at every call, which costs more than the product that fills it.
 _CHUNK = 2**22
@@ -52,8 +54,7 @@ def chosen_log_prob(
     Raises:
         RuntimeError: in the backward pass, if a second derivative is requested.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    dtype = product_dtype(hidden.device, weight.dtype)
     n_blocks = math.ceil(len(weight) / max(_MIN_WIDTH, chunk // max(1, len(hidden))))
     width = math.ceil(len(weight) / n_blocks)
     keeps = torch.is_grad_enabled() and len(hidden) * len(weight) * dtype.itemsize <= keep

@@ -17,6 +17,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
     return torch.autocast(device.type, dtype=dtype)
 
 
+def product_dtype(device: torch.device, default: torch.dtype) -> torch.dtype:
+    """Return the precision of products: that of autocast where it is on, else the default."""
+    on = torch.is_autocast_enabled(device.type)
+    return torch.get_autocast_dtype(device.type) if on else default
+
+
 def keep_states_wide(model: Any) -> None:
     """Make a model with half-precision weights add up its hidden states in float32 under autocast.
 

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dmgen.models.hf.precision import product_dtype
+
 # Logits in memory at a time, see `chunked_log_softmax`.
 _CHUNK = 2**22
 
@@ -41,8 +43,7 @@ def soft_cross_entropy(
     Raises:
         RuntimeError: in the backward pass, for rows of different factors.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = product_dtype(hidden.device, hidden.dtype)
     ids, factors = (None, None) if tilt is None else tilt
     loss, log_prob = _SoftCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, head.weight, head.bias, base_hidden, base_head, ids, factors, soft, hard, tokens,

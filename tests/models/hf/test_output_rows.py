@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import dmgen
+from dmgen.storage import read_json
 
 IDS = torch.tensor([5, 9, 100])
 
@@ -44,6 +45,9 @@ def test_a_copy_begins_as_its_base_and_comes_back_from_the_disk(base, options, t
     assert torch.equal(again.log_prob(texts), policy.log_prob(texts))
     assert again.state_dict().keys() == policy.state_dict().keys()
     policy.save_pretrained(tmp_path)
+    # Loaders that follow the configuration would tie the output layer to the embedding again.
+    is_tied = read_json(tmp_path / "config.json")["tie_word_embeddings"]
+    assert is_tied is ("output_rows" not in options)
     read = dmgen.CausalLM.from_pretrained(tmp_path, max_new_tokens=8)
     torch.testing.assert_close(read.log_prob(texts), policy.log_prob(texts), rtol=0, atol=1e-3)
 
